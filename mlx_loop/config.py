@@ -1,0 +1,240 @@
+"""Loop settings: what is looped, how often, by which integrator, and what the cache keeps.
+
+A field left `None` takes the preset of the model's family and size (`mlx_loop.presets`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeAlias
+
+from .errors import UserError
+
+INTEGRATORS = (
+    "naive",
+    "euler",
+    "anchored",
+    "midpoint",
+    "heun",
+    "kutta3",
+    "rk4",
+    "residual_scaled",
+    "ema",
+    "heavy_ball",
+    "anderson",
+    "aitken",
+    "norm_stab",
+    "input_anchor",
+    "poly_blend",
+    "uniform",
+)
+
+# The fields that only some integrators read, and which those are.
+INTEGRATOR_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "beta": ("anchored",),
+    "alpha": ("ema", "heavy_ball", "norm_stab", "input_anchor"),
+    "momentum": ("heavy_ball",),
+    "memory": ("anderson",),
+    "damping": ("anderson",),
+    "weights": ("poly_blend",),
+}
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "integrator": INTEGRATORS,
+    "scope": ("block", "layer"),
+    "routing": ("live", "frozen"),
+    "norm": ("free", "interpolated"),
+    "cache": ("first", "last", "own"),
+}
+
+Window = tuple[int, int] | tuple[float, float]
+# None until `presets.resolve` fills it in. `Any` spares those who read complete settings a check.
+Unset: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How a model loops. Immutable; `dataclasses.replace` makes a changed copy.
+
+    Args:
+        window: layers `[start, stop)`, half open and 0-based, as two integers; or two fractions
+            of the depth as floats, `(0.4, 0.5)`.
+        loops: K, the number of loops; 1 is the un-looped model.
+        integrator: one of `INTEGRATORS`.
+        beta: weight of the natural pass in `anchored`, 0 to 1.
+        scope: `block` iterates the whole window, `layer` each layer before the next one.
+        routing: MoE only. `live`, or `frozen`: later passes re-use the natural pass's experts.
+        norm: `free`, or `interpolated`: iterates follow the norm of the straight path from the
+            window's input to its natural output.
+        cache: whose keys and values are kept: the `first` pass's, those of a `last` pass from the
+            looped state, or each evaluation its `own` history.
+        decode: `full` (every generated token loops), `bypass` (only the prompt loops) or n (the
+            first n generated tokens loop).
+        alpha: step of `ema`, `heavy_ball`, `norm_stab`, `input_anchor`; for `ema` also one per
+            loop.
+        momentum: `heavy_ball`, 0 up to but not including 1.
+        memory: `anderson`, how many earlier iterates are mixed.
+        damping: `anderson`, above 0 up to 1.
+        weights: `poly_blend`, the K + 1 weights of x0, g(x0), ..., g^K(x0); they sum to 1.
+
+    Raises:
+        UserError: a `ValueError` that names the field, the value and what is allowed.
+    """
+
+    window: Window | Unset = None
+    loops: int | Unset = None
+    integrator: str | Unset = None
+    beta: float | Unset = None
+    scope: str | Unset = None
+    routing: str | Unset = None
+    norm: str | Unset = None
+    cache: str | Unset = None
+    decode: str | int | Unset = None
+    alpha: float | tuple[float, ...] | Unset = None
+    momentum: float | Unset = None
+    memory: int | Unset = None
+    damping: float | Unset = None
+    weights: tuple[float, ...] | Unset = None
+
+    @property
+    def layers(self) -> range:
+        """The window's layers, in complete settings (`model.loop` is complete)."""
+        start, stop = self.window
+        return range(int(start), int(stop))
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise _wrong(name, value, "one of " + ", ".join(choices))
+        for name in ("loops", "memory"):
+            value = getattr(self, name)
+            if value is not None and not (_is_int(value) and value >= 1):
+                raise _wrong(name, value, "a whole number from 1 up")
+        for name, low, high, allowed in (
+            ("beta", 0, 1, "a number from 0 to 1"),
+            ("momentum", 0, math.nextafter(1, 0), "a number from 0 to below 1"),
+            ("damping", math.nextafter(0, 1), 1, "a number above 0, at most 1"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and low <= value <= high):
+                raise _wrong(name, value, allowed)
+        self._check_window()
+        self._check_decode()
+        self._check_alpha()
+        self._check_weights()
+        if self.integrator == "aitken" and self.loops is not None and self.loops % 2:
+            raise _wrong("loops", self.loops, "an even number with integrator 'aitken'")
+        if self.integrator == "norm_stab" and self.norm == "interpolated":
+            raise _wrong("norm", self.norm, "'free' with integrator 'norm_stab', which sets norms")
+
+    def _check_window(self) -> None:
+        if self.window is None:
+            return
+        allowed = "(start, stop) with 0 <= start < stop, as layers or as fractions of the depth"
+        pair = _as_tuple(self.window)
+        if pair is None or len(pair) != 2:
+            raise _wrong("window", self.window, allowed)
+        layers = all(_is_int(x) for x in pair)
+        fractions = all(isinstance(x, float) and 0 <= x <= 1 for x in pair)
+        if not (layers or fractions) or not 0 <= pair[0] < pair[1]:
+            raise _wrong("window", self.window, allowed)
+        object.__setattr__(self, "window", pair)
+
+    def _check_decode(self) -> None:
+        if self.decode is None or self.decode in ("full", "bypass"):
+            return
+        if not (_is_int(self.decode) and int(self.decode) >= 0):
+            raise _wrong("decode", self.decode, "'full', 'bypass' or a whole number from 0 up")
+
+    def _check_alpha(self) -> None:
+        if self.alpha is None:
+            return
+        steps = _as_tuple(self.alpha)
+        for step in (self.alpha,) if steps is None else steps:
+            if not (_is_number(step) and 0 < step <= 2):
+                raise _wrong("alpha", self.alpha, "above 0, at most 2 (a number, or one per loop)")
+        if steps is None:
+            return
+        if self.integrator not in (None, "ema"):
+            raise _wrong(
+                "alpha", self.alpha, f"a single number with integrator {self.integrator!r}"
+            )
+        if self.loops is not None and len(steps) != self.loops:
+            raise _wrong("alpha", self.alpha, f"one number, or one per loop ({self.loops})")
+        object.__setattr__(self, "alpha", steps)
+
+    def _check_weights(self) -> None:
+        if self.weights is None:
+            return
+        weights = _as_tuple(self.weights)
+        if not weights or not all(_is_number(w) for w in weights):
+            raise _wrong("weights", self.weights, "a list of numbers that sum to 1")
+        if abs(sum(weights) - 1) > 1e-6:
+            raise _wrong("weights", self.weights, f"numbers that sum to 1, not {sum(weights):g}")
+        if self.loops is not None and len(weights) != self.loops + 1:
+            raise _wrong("weights", self.weights, f"loops + 1 = {self.loops + 1} numbers")
+        object.__setattr__(self, "weights", weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are set, ready for JSON."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if value is not None
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoopConfig:
+        """The inverse of `to_dict`. An unknown key is an error, never ignored."""
+        known = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping):
+            raise UserError(f"loop settings are a JSON object of fields, not {values!r}")
+        for name in values:
+            if name not in known:
+                raise UserError(f"unknown loop setting {name!r}; known are {', '.join(known)}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """One line of JSON with the fields that are set."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> LoopConfig:
+        """The inverse of `to_json`."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise UserError(f"loop settings are not valid JSON: {error}") from error
+
+    def __str__(self) -> str:
+        """A short line for people: `anchored, 3 loops of layers [4,8), beta 0.5, ...`."""
+        start, stop = self.window or ("?", "?")
+        words = [f"{self.integrator or '?'}", f"{self.loops or '?'} loops of [{start},{stop})"]
+        for name in INTEGRATOR_FIELDS:
+            value = getattr(self, name)
+            if value is not None:
+                shown = value if not isinstance(value, tuple) else " ".join(f"{x:g}" for x in value)
+                words.append(f"{name} {shown}")
+        words += [f"{name} {getattr(self, name)}" for name in ("scope", "norm", "cache", "decode")]
+        return ", ".join(word for word in words if not word.endswith((" None", " free")))
+
+
+def _wrong(name: str, value: object, allowed: str) -> UserError:
+    return UserError(f"{name}={value!r} is not valid: {name} must be {allowed}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _as_tuple(value: object) -> tuple | None:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return tuple(value) if is_list else None  # type: ignore[arg-type]

@@ -1,0 +1,167 @@
+"""Loading a checkpoint as a looped model, through mlx-lm's own loader."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .config import LoopConfig
+from .errors import UserError
+from .loop import Looped
+from .models import get_classes
+
+# Checkpoints inside the package, by the names under which `load` knows them.
+DEMOS = {"demo": Path(__file__).parent / "demo" / "dense"}
+
+LoopArgument = LoopConfig | Literal["saved"] | None
+
+
+def load(
+    path_or_hf_repo: str | Path | None = None,
+    *,
+    loop: LoopArgument = "saved",
+    dtype: str | None = None,
+    adapter_path: str | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    lazy: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Looped, TokenizerWrapper]:
+    """Load a model, looped, and its tokenizer.
+
+    Args:
+        path_or_hf_repo: a folder, a Hugging Face repository, or the name of a checkpoint that
+            ships with the package (`DEMOS`); None is `demo`.
+        loop: `saved`: the settings stored with the model, else the preset of its family and
+            size. None: looping off.
+        dtype: `float32`, `float16` or `bfloat16` for all parameters that are not quantised;
+            None: as stored.
+        adapter_path: a folder with LoRA adapters, as mlx-lm writes them.
+        tokenizer_config: more settings for the tokenizer.
+        lazy: read weights when they are first used.
+        revision: branch, tag or commit of the repository.
+        trust_remote_code: let the tokenizer run code from the checkpoint.
+
+    Raises:
+        UserError: whatever is wrong with the checkpoint or the settings, in one line.
+    """
+    model = load_model(
+        path_or_hf_repo,
+        loop=loop,
+        dtype=dtype,
+        adapter_path=adapter_path,
+        lazy=lazy,
+        revision=revision,
+    )
+    settings = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
+    try:
+        tokenizer = mlx_lm_utils.load_tokenizer(
+            model.path, settings, eos_token_ids=model.config.get("eos_token_id")
+        )
+    except Exception as error:  # transformers raises a different kind for each missing file.
+        raise UserError(f"cannot load the tokenizer in {model.path}: {_line(error)}") from error
+    return model, tokenizer
+
+
+def load_model(
+    path_or_hf_repo: str | Path | None = None,
+    *,
+    loop: LoopArgument = "saved",
+    dtype: str | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    revision: str | None = None,
+) -> Looped:
+    """The model alone, for a checkpoint without a tokenizer. Arguments as in `load`."""
+    if dtype not in (None, "float32", "float16", "bfloat16"):
+        raise UserError(f"dtype={dtype!r} is not valid: it must be float32, float16 or bfloat16")
+    path = find(path_or_hf_repo, revision)
+    config = read_config(path)
+    get_classes(config)
+    _check_shards(path)
+    try:
+        loaded, config = mlx_lm_utils.load_model(path, lazy=True, get_model_classes=get_classes)
+        model = cast(Looped, loaded)
+        if dtype is not None:
+            model.set_dtype(getattr(mx, dtype))
+        if adapter_path is not None:
+            mlx_lm_utils.load_adapters(model, adapter_path)
+            model.eval()
+        if not lazy:
+            mx.eval(model.parameters())
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"cannot load {path}: {_line(error)}") from error
+    model.path, model.config = path, MappingProxyType(config)
+    model.loop = _saved_loop(path, config) if loop == "saved" else loop
+    return model
+
+
+def find(path_or_hf_repo: str | Path | None, revision: str | None = None) -> Path:
+    """The folder of a checkpoint; a repository is downloaded unless it is there already."""
+    name = "demo" if path_or_hf_repo is None else str(path_or_hf_repo)
+    if name in DEMOS:
+        return DEMOS[name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{name} is a file: give the folder with config.json and the weights")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"there is no folder {name}: give a folder, a Hugging Face repository such as "
+            f"Qwen/Qwen3-4B-Instruct-2507, or {', '.join(DEMOS)}"
+        )
+    try:
+        return mlx_lm_utils._download(name, revision=revision)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"no folder {name} here, and it cannot be had from the Hugging Face hub "
+            f"({_line(error)}); check the name and the network, and for a gated model run "
+            "`hf auth login`"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of the checkpoint in `path`, with the tokens that generation ends at."""
+    try:
+        config = mlx_lm_utils.load_config(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} has no config.json: it is not a model's folder") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path / 'config.json'} is not valid JSON: {_line(error)}") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"{path / 'config.json'} does not name a model_type")
+    return config
+
+
+def _check_shards(path: Path) -> None:
+    if not list(path.glob("model*.safetensors")):
+        raise UserError(f"{path} has no model*.safetensors: the weights are missing")
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    shards = set(json.loads(index.read_text())["weight_map"].values())
+    missing = sorted(name for name in shards if not (path / name).exists())
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: download or copy it again")
+
+
+def _saved_loop(path: Path, config: dict[str, Any]) -> LoopConfig | None:
+    saved = config.get("loop", {})
+    try:
+        return None if saved is None else LoopConfig.from_dict(saved)
+    except UserError as error:
+        raise UserError(f"the loop section of {path / 'config.json'}: {error}") from error
+
+
+def _line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

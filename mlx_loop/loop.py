@@ -1,0 +1,230 @@
+"""The looped stack: prelude, window, coda, around the blocks of an mlx-lm model.
+
+`Looped` goes in front of an mlx-lm model class and replaces only the walk through the layers.
+Weights, their names and everything else stay mlx-lm's, so its loaders, adapters and converters
+work. Which states a loop forms is the integrators' business; this file knows which layers a pass
+runs, what it sees of the past and what it leaves for later tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cache import check as check_cache
+from .cache import histories, own_entries, plain_entries, policy, position
+from .config import LoopConfig
+from .integrators import Between, integrate, is_natural, passes
+from .phase import announce, prompt_end
+from .presets import resolve
+
+
+class Looped(nn.Module):
+    """Mixin in front of an mlx-lm `Model`: `class Qwen3(Looped, qwen3.Model)`.
+
+    A subclass names its `family` and mlx-lm's `args_class`, and says which mask each layer takes
+    (`masks`).
+
+    Attributes:
+        config, path: the checkpoint's config.json and folder; empty and None for a model that
+            was not loaded from one.
+    """
+
+    family: ClassVar[str]
+    args_class: ClassVar[type]
+    config: Mapping[str, Any] = MappingProxyType({})
+    path: Path | None = None
+
+    model: Any
+    model_type: str
+    layers: Sequence[nn.Module]
+    lm_head: Any
+
+    _loop: LoopConfig | None = None
+    _prompt_end: int | None = None
+
+    # --- Settings ---
+
+    @property
+    def loop(self) -> LoopConfig | None:
+        """The loop settings, complete; None: looping is off. Partial ones may be assigned."""
+        return self._loop
+
+    @loop.setter
+    def loop(self, loop: LoopConfig | None) -> None:
+        if loop is not None:
+            loop = resolve(loop, self.model_type, self.family, len(self.layers))
+        self._loop = loop
+
+    def with_loop(self, loop: LoopConfig | None) -> Looped:
+        """Another view on the same weights, with loop settings of its own. Copies no array."""
+        view = copy.copy(self)
+        view.loop = loop
+        return view
+
+    @property
+    def is_unlooped(self) -> bool:
+        """Whether the settings amount to the plain model: none, K = 1, or `anchored` at beta 1."""
+        return self._loop is None or is_natural(self._loop)
+
+    # --- Where the prompt ends ---
+
+    def begin_decode(self, cache: Sequence[Any]) -> None:
+        """Say that the prompt is complete: single tokens fed from now on were generated.
+
+        It matters where `decode` is not `full`. A later call with several tokens starts the next
+        prompt. `mlx_loop.generate` and the commands say it themselves.
+        """
+        announce(cache, position(cache[0]))
+
+    def for_prompt(self, cache: Sequence[Any], length: int) -> Looped:
+        """A view for one generation: of what it is fed with `cache`, the next `length` tokens are
+        the prompt and all later ones generated, however they are split into calls.
+        """
+        view = copy.copy(self)
+        view._prompt_end = position(cache[0]) + length
+        return view
+
+    def _count_looped(self, loop: LoopConfig, cache: Sequence[Any] | None, length: int) -> int:
+        """How many of the next `length` tokens loop; they are the first ones."""
+        if loop.decode == "full" or cache is None:
+            return length
+        end = prompt_end(cache, length) if self._prompt_end is None else self._prompt_end
+        generated = 0 if loop.decode == "bypass" else int(loop.decode or 0)
+        return min(max(end + generated - position(cache[0]), 0), length)
+
+    # --- The forward pass ---
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: Sequence[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """Tokens (batch, length), int -> logits (batch, length, vocab), model dtype.
+
+        Args:
+            cache: one entry per layer, from mlx-lm's `make_prompt_cache(model)`; it is updated.
+            input_embeddings: (batch, length, hidden), instead of the tokens' own.
+
+        Raises:
+            UserError: the cache was made for other loop settings, or `decode` needs to know
+                where the prompt ends and nobody said.
+        """
+        if cache is not None:
+            check_cache(cache, self._loop, self._histories())
+        loop = self._loop
+        if loop is None or self.is_unlooped:
+            return super().__call__(*_given(inputs, cache, input_embeddings))
+        h = self.model.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        looped = self._count_looped(loop, cache, h.shape[1])
+        # The tokens that loop come first and cannot see the others, so they go first.
+        parts = [(h[:, :looped], True), (h[:, looped:], False)]
+        outs = [self._walk(x, cache, loop, loops) for x, loops in parts if x.shape[1]]
+        h = self.model.norm(outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1))
+        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
+
+    def masks(self, h: mx.array, caches: Sequence[Any]) -> Sequence[Any]:
+        """The attention mask of each layer, as mlx-lm's own model makes it.
+
+        Args:
+            h: (batch, length, hidden).
+            caches: a history per layer to which `h` is not yet written, or None.
+        """
+        raise NotImplementedError
+
+    def _walk(
+        self, h: mx.array, cache: Sequence[Any] | None, loop: LoopConfig, loops: bool
+    ) -> mx.array:
+        """All layers, (batch, length, hidden) -> the same, with the window looped or not."""
+        entries = [None] * len(self.layers) if cache is None else cache
+        masks = self.masks(h, [entry and histories(entry)[0] for entry in entries])
+        window = loop.layers
+        for i in range(window.start):
+            h = self.layers[i](h, masks[i], entries[i])
+        size = len(window) if loop.scope == "block" else 1
+        for first in window[::size]:
+            part = slice(first, first + size)
+            kv = [policy(loop.cache, entry, h.shape[1]) for entry in entries[part]]
+            g = _Window(self.layers[part], masks[part], kv)
+            h = integrate(g, h, loop) if loops else g(h)
+            if loops and loop.cache == "last" and cache is not None:
+                # MLX is lazy: of this pass only the keys and values are read, so that is all
+                # that is computed of the window's last layer.
+                g(h)
+            for entry in kv:
+                entry.close()
+        for i in range(window.stop, len(self.layers)):
+            h = self.layers[i](h, masks[i], entries[i])
+        return h
+
+    # --- Caches ---
+
+    @property
+    def make_cache(self) -> Any:
+        """mlx-lm's hook of models that need caches of their own; absent where that is not so."""
+        if self._histories() > 1:
+            return lambda: self.new_cache()
+        return super().make_cache  # type: ignore[misc]
+
+    def new_cache(self, max_kv_size: int | None = None) -> list[Any]:
+        """An empty cache, one entry per layer.
+
+        Args:
+            max_kv_size: the most tokens that a layer keeps, mlx-lm's rotating cache; it keeps
+                the first few and the latest. None: all.
+        """
+        native = getattr(super(), "make_cache", None)
+        entries = plain_entries(native() if native else len(self.layers), max_kv_size)
+        if self._loop is None or self._histories() == 1:
+            return entries
+        return own_entries(entries, self._loop.layers, self._histories())
+
+    def _histories(self) -> int:
+        """Histories that each window layer keeps."""
+        if self._loop is None or self._loop.cache != "own" or self.is_unlooped:
+            return 1
+        return passes(self._loop)
+
+
+class _Window:
+    """g: one pass over some layers. It counts its evaluations for the key/value policy."""
+
+    def __init__(self, layers: Sequence[Any], masks: Sequence[Any], kv: Sequence[Any]):
+        self._blocks = list(zip(layers, masks, kv, strict=True))
+        self._evaluation = 0
+
+    def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:
+        for i, (layer, mask, kv) in enumerate(self._blocks):
+            x = layer(x, mask, kv.view(self._evaluation))
+            if between is not None:
+                x = between(i, x)
+        self._evaluation += 1
+        return x
+
+
+def _given(*args: Any) -> tuple:
+    """The arguments without trailing Nones: not every mlx-lm model takes embeddings."""
+    while args[-1] is None:
+        args = args[:-1]
+    return args
+
+
+def layer_passes(loop: LoopConfig | None, num_layers: int) -> int:
+    """Layer evaluations for one looped token; a pass for keys and values alone counts as none.
+
+    The cost of a loop on a device where reading weights is what takes time:
+    `layer_passes(loop, n) / n` is the time per token relative to the plain model's layers.
+    """
+    if loop is None or is_natural(loop):
+        return num_layers
+    extra = len(loop.layers) * (passes(loop) - 1)
+    if loop.cache == "last" and loop.scope == "block":
+        extra += len(loop.layers) - 1
+    return num_layers + extra

@@ -1,0 +1,89 @@
+"""Defaults of a model's family and size, and the completion of partial settings with them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .config import INTEGRATOR_FIELDS, LoopConfig, Window
+from .errors import UserError
+
+# Windows published as good for one model, where they differ from the rule of `default_window`
+# (Training-Free Looped Transformers, arXiv 2605.23872): (model_type, layers) -> window.
+KNOWN_WINDOWS = {("qwen3_moe", 48): (22, 26)}
+
+DEFAULT_WIDTH = 4
+# The best centres lie at 0.43 to 0.71 of the depth (the same paper, section on the window).
+DEFAULT_CENTRE = 0.47
+
+FAMILY_PRESETS = {
+    "dense": {"scope": "block", "routing": "live"},
+    "moe": {"scope": "layer", "routing": "frozen"},
+    "mla_moe": {"scope": "layer", "routing": "frozen"},
+}
+
+
+def default_window(num_layers: int) -> tuple[int, int]:
+    """Width 4 around depth fraction 0.47, narrower where fewer than 6 layers leave no room.
+
+    From 3 layers up, at least one layer stays before and one after the window.
+    """
+    width = max(1, min(DEFAULT_WIDTH, num_layers - 2))
+    start = max(0, round(DEFAULT_CENTRE * num_layers - width / 2))
+    return start, start + width
+
+
+def resolve(config: LoopConfig, model_type: str, family: str, num_layers: int) -> LoopConfig:
+    """`config` with every field filled in that its integrator reads, and the others `None`.
+
+    Args:
+        model_type: as in the checkpoint's config.json.
+        family: a key of `FAMILY_PRESETS`.
+        num_layers: of the whole model.
+
+    Raises:
+        UserError: the window does not fit the model, or fields do not fit each other.
+    """
+    integrator = config.integrator or "anchored"
+    loops = config.loops or (4 if integrator == "aitken" else 3)
+    defaults = {
+        "window": KNOWN_WINDOWS.get((model_type, num_layers)) or default_window(num_layers),
+        "loops": loops,
+        "integrator": integrator,
+        "norm": "free",
+        "cache": "first",
+        "decode": "full",
+        **FAMILY_PRESETS[family],
+        **_integrator_defaults(integrator, loops),
+    }
+    changes = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    changes |= {name: None for name, users in INTEGRATOR_FIELDS.items() if integrator not in users}
+    if config.window is not None:
+        changes["window"] = _as_layers(config.window, num_layers)
+    return replace(config, **changes)
+
+
+def _integrator_defaults(integrator: str, loops: int) -> dict:
+    defaults = {
+        "beta": 0.5,
+        "alpha": 0.5,
+        "momentum": 0.3,
+        "memory": 2,
+        "damping": 1.0,
+        "weights": (0.0,) + (1 / loops,) * loops,
+    }
+    return {
+        name: defaults[name] for name, users in INTEGRATOR_FIELDS.items() if integrator in users
+    }
+
+
+def _as_layers(window: Window, num_layers: int) -> tuple[int, int]:
+    start, stop = window
+    if isinstance(start, float):
+        first = min(round(start * num_layers), num_layers - 1)
+        return first, max(round(stop * num_layers), first + 1)
+    if stop > num_layers:
+        raise UserError(
+            f"window={window!r} is not valid: the model has {num_layers} layers, so window must "
+            f"be (start, stop) with 0 <= start < stop <= {num_layers}"
+        )
+    return int(start), int(stop)
