@@ -20,6 +20,7 @@ import mlx.nn as nn
 from .cache import check as check_cache
 from .cache import histories, own_entries, plain_entries, policy, position
 from .config import LoopConfig
+from .errors import UserError
 from .integrators import Between, integrate, is_natural, passes
 from .phase import announce, prompt_end
 from .presets import resolve
@@ -114,14 +115,16 @@ class Looped(nn.Module):
             input_embeddings: (batch, length, hidden), instead of the tokens' own.
 
         Raises:
-            UserError: the cache was made for other loop settings, or `decode` needs to know
-                where the prompt ends and nobody said.
+            UserError: the cache was made for other loop settings; `decode` needs to know where
+                the prompt ends and nobody said; or the layers are spread over a pipeline.
         """
         if cache is not None:
             check_cache(cache, self._loop, self._histories())
         loop = self._loop
         if loop is None or self.is_unlooped:
             return super().__call__(*_given(inputs, cache, input_embeddings))
+        if getattr(self.model, "pipeline_size", 1) > 1:
+            raise UserError("a model split into a pipeline cannot loop: set loop=None")
         h = self.model.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         looped = self._count_looped(loop, cache, h.shape[1])
         # The tokens that loop come first and cannot see the others, so they go first.
