@@ -42,7 +42,7 @@ INTEGRATOR_FIELDS: Mapping[str, tuple[str, ...]] = {
     "weights": ("poly_blend",),
 }
 
-_CHOICES: Mapping[str, tuple[str, ...]] = {
+CHOICES: Mapping[str, tuple[str, ...]] = {
     "integrator": INTEGRATORS,
     "scope": ("block", "layer"),
     "routing": ("live", "frozen"),
@@ -106,7 +106,7 @@ class LoopConfig:
         return range(int(start), int(stop))
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise _wrong(name, value, "one of " + ", ".join(choices))

@@ -1,6 +1,8 @@
-"""The one exception that stands for a mistake of the user, not of the program."""
+"""The exception that stands for a mistake of the user, and the exit statuses of the commands."""
 
 from __future__ import annotations
+
+USER_ERROR, INTERRUPTED = 2, 130
 
 
 class UserError(ValueError):

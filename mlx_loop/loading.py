@@ -101,8 +101,21 @@ def load_model(
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"cannot load {path}: {_line(error)}") from error
     model.path, model.config = path, MappingProxyType(config)
-    model.loop = _saved_loop(path, config) if loop == "saved" else loop
+    model.loop = saved_loop(model) if loop == "saved" else loop
     return model
+
+
+def saved_loop(model: Looped) -> LoopConfig | None:
+    """The settings stored with the model's checkpoint; empty ones where nothing is stored.
+
+    Raises:
+        UserError: what is stored is not valid.
+    """
+    saved = model.config.get("loop", {})
+    try:
+        return None if saved is None else LoopConfig.from_dict(saved)
+    except UserError as error:
+        raise UserError(f"the loop section of {model.path}/config.json: {error}") from error
 
 
 def find(path_or_hf_repo: str | Path | None, revision: str | None = None) -> Path:
@@ -153,14 +166,6 @@ def _check_shards(path: Path) -> None:
     missing = sorted(name for name in shards if not (path / name).exists())
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: download or copy it again")
-
-
-def _saved_loop(path: Path, config: dict[str, Any]) -> LoopConfig | None:
-    saved = config.get("loop", {})
-    try:
-        return None if saved is None else LoopConfig.from_dict(saved)
-    except UserError as error:
-        raise UserError(f"the loop section of {path / 'config.json'}: {error}") from error
 
 
 def _line(error: BaseException) -> str:

@@ -1,0 +1,141 @@
+"""The command `mlx_loop`: sub-commands, their help, and how errors reach people."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from . import __version__
+from .errors import INTERRUPTED, USER_ERROR, UserError
+from .options import (
+    add_cache_options,
+    add_loop_options,
+    add_model_options,
+    add_sampling_options,
+    positive,
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _chat(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    add_loop_options(parser)
+    add_sampling_options(parser, max_tokens=512)
+    add_cache_options(parser)
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt", "-p", metavar="TEXT", help="the prompt; - or nothing reads standard input"
+    )
+    parser.add_argument(
+        "--ignore-chat-template", action="store_true", help="give the prompt to the model as it is"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--prompt-cache-file", metavar="FILE", help="go on from what `mlx_loop cache_prompt` saved"
+    )
+    add_model_options(parser)
+    add_loop_options(parser)
+    add_sampling_options(parser, max_tokens=256)
+    add_cache_options(parser)
+    group = parser.add_argument_group("speculative decoding")
+    group.add_argument("--draft-model", metavar="NAME", help="a small model that drafts tokens")
+    group.add_argument(
+        "--num-draft-tokens",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="tokens to draft at a time (default: %(default)s)",
+    )
+
+
+def _cache_prompt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt", "-p", metavar="TEXT", help="the prompt; - or nothing reads standard input"
+    )
+    parser.add_argument(
+        "--prompt-cache-file", metavar="FILE", required=True, help="the file to write"
+    )
+    add_model_options(parser)
+    add_loop_options(parser)
+    add_cache_options(parser)
+
+
+COMMANDS = {
+    "chat": (
+        _chat,
+        "talk to a looped model",
+        """examples:
+  mlx_loop chat                                     the demo model that ships with mlx_loop
+  mlx_loop chat --model mlx-community/Qwen3-4B-Instruct-2507-4bit
+  mlx_loop chat --loops 6 --integrator anchored --beta 0.3
+  mlx_loop chat --loops 1                           the plain model
+In the chat, /help lists what can be changed while it runs.""",
+    ),
+    "generate": (
+        _generate,
+        "answer one prompt",
+        """examples:
+  mlx_loop generate --prompt "What is 12 + 30?"
+  echo "What is 12 + 30?" | mlx_loop generate --loops 6 --json""",
+    ),
+    "cache_prompt": (
+        _cache_prompt,
+        "process a long prompt once and keep its cache in a file",
+        """example:
+  mlx_loop cache_prompt --prompt - --prompt-cache-file book.safetensors < book.txt
+  mlx_loop generate --prompt-cache-file book.safetensors --prompt "Who is the narrator?" """,
+    ),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = _Parser(
+        prog="mlx_loop",
+        description="Loop the middle layers of a language model: more compute, no more memory.",
+        epilog="`mlx_loop COMMAND --help` shows the options and examples of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"mlx_loop {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, (add_options, summary, epilog) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add_options(command)
+        command.set_defaults(command=name)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 2 for a mistake of the user, 130 for Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    try:
+        return import_module(f".commands.{args.command}", __package__).run(args)
+    except UserError as error:
+        print(f"mlx_loop {args.command}: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has left; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

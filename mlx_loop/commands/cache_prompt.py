@@ -1,0 +1,56 @@
+"""`mlx_loop cache_prompt`: process a prompt once and keep its cache in a file."""
+
+from __future__ import annotations
+
+import argparse
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+
+from ..conversation import Interrupted
+from ..errors import INTERRUPTED, UserError
+from ..generation import encode, make_prompt_cache
+from ..options import load_from
+from ..prompt_cache import save_prompt_cache
+from ..terminal import err, interruptible, prompt_progress
+from .generate import read_prompt
+
+
+def run(args: argparse.Namespace) -> int:
+    prompt = read_prompt(args.prompt)
+    with err.status(f"loading {args.model}"):
+        model, tokenizer = load_from(args)
+    if tokenizer.has_chat_template:
+        tokens = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=False,
+            continue_final_message=True,
+        )
+    else:
+        tokens = encode(tokenizer, prompt)
+    if args.max_kv_size is not None and len(tokens) > args.max_kv_size:
+        raise UserError(
+            f"the prompt has {len(tokens)} tokens, --max-kv-size {args.max_kv_size} less"
+        )
+    cache = make_prompt_cache(model, args.max_kv_size)
+    with interruptible() as stop, prompt_progress(args.prefill_step_size, stop) as progress:
+        steps = generate_step(
+            mx.array(tokens),
+            model.for_prompt(cache, len(tokens)),
+            max_tokens=0,
+            prompt_cache=cache,
+            prefill_step_size=args.prefill_step_size,
+            kv_bits=args.kv_bits,
+            kv_group_size=args.kv_group_size,
+            quantized_kv_start=args.quantized_kv_start,
+            prompt_progress_callback=progress,
+        )
+        try:
+            for _ in steps:
+                pass
+        except Interrupted:
+            return INTERRUPTED
+    save_prompt_cache(args.prompt_cache_file, cache, model, {"model": args.model})
+    size = sum(entry.nbytes for entry in cache)
+    err.print(f"{len(tokens)} tokens, {size / 1e6:.1f} MB, in {args.prompt_cache_file}")
+    return 0

@@ -1,0 +1,92 @@
+"""A prompt-cache file knows the model and the loop settings it was made with."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from conftest import tokens
+
+import mlx_loop
+from mlx_loop import LoopConfig, UserError
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mlx_loop.load_model("demo")
+
+
+def filled(model, length=9):
+    cache = mlx_loop.make_prompt_cache(model)
+    model(tokens(1, length), cache=cache)
+    return cache
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [None, LoopConfig(), LoopConfig(cache="own", loops=4), LoopConfig(cache="last", scope="layer")],
+)
+def test_a_cache_comes_back_as_it_was(model, tmp_path, loop):
+    looped = model.with_loop(loop)
+    cache = filled(looped)
+    path = tmp_path / "cache.safetensors"
+    mlx_loop.save_prompt_cache(path, cache, looped, {"note": "kept"})
+    loaded, metadata = mlx_loop.load_prompt_cache(path, model.with_loop(loop))
+    assert metadata == {"note": "kept"}
+    more = tokens(1, 1, seed=1)
+    assert mx.array_equal(looped(more, cache=loaded), looped(more, cache=cache))
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (LoopConfig(loops=6), "loops 3, now 6"),
+        (LoopConfig(beta=0.25), "beta 0.5, now 0.25"),
+        (LoopConfig(window=(2, 6)), "window"),
+        (LoopConfig(cache="last"), "cache first, now last"),
+        (LoopConfig(integrator="euler"), "integrator anchored, now euler"),
+        (None, "loops 3, now off"),
+    ],
+)
+def test_other_loop_settings_are_refused_and_named(model, tmp_path, other, difference):
+    path = tmp_path / "cache.safetensors"
+    mlx_loop.save_prompt_cache(path, filled(model), model)
+    with pytest.raises(UserError, match=difference):
+        mlx_loop.load_prompt_cache(path, model.with_loop(other))
+
+
+def test_another_model_is_refused(model, tmp_path):
+    path = tmp_path / "cache.safetensors"
+    mlx_loop.save_prompt_cache(path, filled(model), model)
+    other = mlx_loop.load_model("demo")
+    other.config = {**other.config, "hidden_size": 64}
+    with pytest.raises(UserError, match="another model"):
+        mlx_loop.load_prompt_cache(path, other)
+
+
+def test_a_missing_and_a_broken_file_and_another_kind_of_file(model, tmp_path):
+    with pytest.raises(UserError, match="no prompt cache"):
+        mlx_loop.load_prompt_cache(tmp_path / "none.safetensors", model)
+    path = tmp_path / "cache.safetensors"
+    mlx_loop.save_prompt_cache(path, filled(model), model)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a whole"):
+        mlx_loop.load_prompt_cache(path, model)
+    mx.save_safetensors(str(path), {"a": mx.zeros(3)})
+    with pytest.raises(UserError, match="not a whole"):
+        mlx_loop.load_prompt_cache(path, model)
+
+
+def test_an_empty_cache_is_not_saved(model, tmp_path):
+    with pytest.raises(UserError, match="empty"):
+        mlx_loop.save_prompt_cache(
+            tmp_path / "c.safetensors", mlx_loop.make_prompt_cache(model), model
+        )
+
+
+def test_saving_again_replaces_the_file_in_one_step(model, tmp_path):
+    path = tmp_path / "cache.safetensors"
+    mlx_loop.save_prompt_cache(path, filled(model), model)
+    mlx_loop.save_prompt_cache(path, filled(model, 20), model)
+    cache, _ = mlx_loop.load_prompt_cache(path, model)
+    assert cache[0].offset == 20
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
