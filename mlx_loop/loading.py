@@ -20,6 +20,8 @@ from .models import get_classes
 # Checkpoints inside the package, by the names under which `load` knows them.
 DEMOS = {"demo": Path(__file__).parent / "demo" / "dense"}
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+
 LoopArgument = LoopConfig | Literal["saved"] | None
 
 
@@ -52,21 +54,25 @@ def load(
     Raises:
         UserError: whatever is wrong with the checkpoint or the settings, in one line.
     """
+    path = find(path_or_hf_repo, revision)
+    get_classes(read_config(path))
+    # transformers makes up an empty tokenizer where it finds none.
+    if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
+        raise UserError(f"{path} has no tokenizer files; mlx_loop.load_model needs none")
     model = load_model(
-        path_or_hf_repo,
+        path,
         loop=loop,
         dtype=dtype,
         adapter_path=adapter_path,
         lazy=lazy,
-        revision=revision,
     )
     settings = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
     try:
         tokenizer = mlx_lm_utils.load_tokenizer(
-            model.path, settings, eos_token_ids=model.config.get("eos_token_id")
+            path, settings, eos_token_ids=model.config.get("eos_token_id")
         )
     except Exception as error:  # transformers raises a different kind for each missing file.
-        raise UserError(f"cannot load the tokenizer in {model.path}: {_line(error)}") from error
+        raise UserError(f"cannot load the tokenizer in {path}: {_line(error)}") from error
     return model, tokenizer
 
 

@@ -138,39 +138,81 @@ def add_loop_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     """How tokens are chosen and how many."""
     group = parser.add_argument_group("generation")
-    group.add_argument("--max-tokens", "-m", type=positive, default=max_tokens, metavar="N",
-                       help="the most tokens of an answer (default: %(default)s)")  # fmt: skip
-    group.add_argument("--temp", type=float, default=0.0, metavar="T",
-                       help="sampling temperature; 0 takes the likeliest token (default)")  # fmt: skip
+    group.add_argument(
+        "--max-tokens",
+        "-m",
+        type=positive,
+        default=max_tokens,
+        metavar="N",
+        help="the most tokens of an answer (default: %(default)s)",
+    )
+    group.add_argument(
+        "--temp",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature; 0, the default, is greedy",
+    )
     for name, help_text in (
         ("top-p", "sample from the likeliest tokens that make up this probability"),
         ("min-p", "drop tokens less likely than this times the likeliest"),
         ("xtc-probability", "how often to apply XTC sampling"),
     ):
         group.add_argument(f"--{name}", type=float, default=0.0, metavar="P", help=help_text)
-    group.add_argument("--xtc-threshold", type=float, default=0.1, metavar="P",
-                       help="XTC: probability above which tokens are left out")  # fmt: skip
-    group.add_argument("--top-k", type=int, default=0, metavar="K",
-                       help="sample from the K likeliest tokens")  # fmt: skip
+    group.add_argument(
+        "--xtc-threshold",
+        type=float,
+        default=0.1,
+        metavar="P",
+        help="XTC: probability above which tokens are left out",
+    )
+    group.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens"
+    )
     group.add_argument("--seed", type=int, default=None, help="of the random numbers")
     group.add_argument("--system-prompt", metavar="TEXT", help="the system message")
-    group.add_argument("--chat-template-config", type=_chat_template, default={}, metavar="JSON",
-                       help="more arguments for the chat template")  # fmt: skip
+    group.add_argument(
+        "--chat-template-config",
+        type=_chat_template,
+        default={},
+        metavar="JSON",
+        help="more arguments for the chat template",
+    )
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
     """Size and precision of the key/value cache, and how the prompt is fed."""
     group = parser.add_argument_group("cache")
-    group.add_argument("--max-kv-size", type=positive, metavar="N",
-                       help="keep the first 4 and the latest tokens, N in all")  # fmt: skip
-    group.add_argument("--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8),
-                       help="quantise keys and values")  # fmt: skip
-    group.add_argument("--kv-group-size", type=int, default=64, choices=(32, 64, 128),
-                       help="values that share a scale (default: %(default)s)")  # fmt: skip
-    group.add_argument("--quantized-kv-start", type=int, default=5000, metavar="N",
-                       help="quantise from this many tokens on (default: %(default)s)")  # fmt: skip
-    group.add_argument("--prefill-step-size", type=positive, default=2048, metavar="N",
-                       help="prompt tokens processed at a time (default: %(default)s)")  # fmt: skip
+    group.add_argument(
+        "--max-kv-size",
+        type=positive,
+        metavar="N",
+        help="keep the first 4 and the latest tokens, N in all",
+    )
+    group.add_argument(
+        "--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="quantise keys and values"
+    )
+    group.add_argument(
+        "--kv-group-size",
+        type=int,
+        default=64,
+        choices=(32, 64, 128),
+        help="values that share a scale (default: %(default)s)",
+    )
+    group.add_argument(
+        "--quantized-kv-start",
+        type=int,
+        default=5000,
+        metavar="N",
+        help="quantise from this many tokens on (default: %(default)s)",
+    )
+    group.add_argument(
+        "--prefill-step-size",
+        type=positive,
+        default=2048,
+        metavar="N",
+        help="prompt tokens processed at a time (default: %(default)s)",
+    )
 
 
 def load_from(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
@@ -197,8 +239,10 @@ def generation_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> di
     from mlx_lm.sample_utils import make_sampler
 
     if args.kv_bits is not None and args.max_kv_size is not None:
-        raise UserError("--kv-bits does not work with --max-kv-size: mlx-lm cannot quantise a "
-                        "rotating cache; leave one out")  # fmt: skip
+        raise UserError(
+            "--kv-bits does not work with --max-kv-size: mlx-lm cannot quantise a "
+            "rotating cache; leave one out"
+        )
     if args.seed is not None:
         mx.random.seed(args.seed)
     return {

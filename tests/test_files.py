@@ -38,7 +38,7 @@ def test_a_failure_leaves_the_old_and_nothing_half_written(tmp_path, whole, fail
     path = tmp_path / "kept"
     path.write_text("old") if whole is whole_file else path.mkdir()
     expected = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else UserError
-    with pytest.raises(expected), whole(path, overwrite=True) as scratch:
+    with pytest.raises(expected), whole(path, overwrite=True) as scratch:  # noqa: PT012
         (scratch if whole is whole_file else scratch / "part").write_text("half")
         raise failure
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
