@@ -211,16 +211,18 @@ class LoopConfig:
             raise UserError(f"loop settings are not valid JSON: {error}") from error
 
     def __str__(self) -> str:
-        """A short line for people: `anchored, 3 loops of layers [4,8), beta 0.5, ...`."""
+        """A short line for people, of what is not plain: `anchored, 3 loops of [4,8), beta 0.5`."""
         start, stop = self.window or ("?", "?")
-        words = [f"{self.integrator or '?'}", f"{self.loops or '?'} loops of [{start},{stop})"]
-        for name in INTEGRATOR_FIELDS:
+        words = [self.integrator or "?", f"{self.loops or '?'} loops of [{start},{stop})"]
+        for name, plain in (*dict.fromkeys(INTEGRATOR_FIELDS, None).items(), *_PLAIN.items()):
             value = getattr(self, name)
-            if value is not None:
-                shown = value if not isinstance(value, tuple) else " ".join(f"{x:g}" for x in value)
+            if value is not None and value != plain:
+                shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
                 words.append(f"{name} {shown}")
-        words += [f"{name} {getattr(self, name)}" for name in ("scope", "norm", "cache", "decode")]
-        return ", ".join(word for word in words if not word.endswith((" None", " free")))
+        return ", ".join(words)
+
+
+_PLAIN = {"scope": "block", "routing": "live", "norm": "free", "cache": "first", "decode": "full"}
 
 
 def _wrong(name: str, value: object, allowed: str) -> UserError:

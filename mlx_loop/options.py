@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .config import CHOICES, INTEGRATORS, LoopConfig
@@ -17,19 +18,33 @@ if TYPE_CHECKING:
     from .loop import Looped
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A field of `LoopConfig` as text.
+
+    `parse` makes the value of a text that has the `form`, else raises ValueError; `metavar` and
+    `help` explain it on the command line.
+    """
+
+    parse: Callable[[str], Any]
+    form: str
+    metavar: str
+    help: str
+
+
 def parse_setting(name: str, text: str) -> Any:
     """The value of the `LoopConfig` field `name` that `text` means.
 
     Raises:
         UserError: `text` is not of the field's form, or no such field.
     """
-    if name not in _PARSERS:
-        raise UserError(f"unknown loop setting {name!r}; known are {', '.join(_PARSERS)}")
-    parse, form = _PARSERS[name]
+    setting = SETTINGS.get(name)
+    if setting is None:
+        raise UserError(f"unknown loop setting {name!r}; known are {', '.join(SETTINGS)}")
     try:
-        return parse(text)
+        return setting.parse(text)
     except ValueError as error:
-        raise UserError(f"{name} {text!r} is not valid: write {form}") from error
+        raise UserError(f"{name} {text!r} is not valid: write {setting.form}") from error
 
 
 def _window(text: str) -> tuple:
@@ -49,62 +64,97 @@ def _alpha(text: str) -> float | tuple[float, ...]:
     return _floats(text) if "," in text else float(text)
 
 
-def _choice(*values: str) -> tuple[Callable[[str], str], str]:
+def _choice(field: str, help_text: str, metavar: str = "") -> Setting:
+    values = CHOICES[field]
+
     def parse(text: str) -> str:
         if text not in values:
             raise ValueError(text)
         return text
 
-    return parse, "one of " + ", ".join(values)
+    shown = metavar or "{" + ",".join(values) + "}"
+    return Setting(parse, "one of " + ", ".join(values), shown, help_text)
 
 
-_PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "loops": (int, "a whole number from 1 up"),
-    "window": (_window, "start:stop, as layers (15:19) or fractions of the depth (0.4:0.5)"),
-    "integrator": _choice(*INTEGRATORS),
-    "beta": (float, "a number from 0 to 1"),
-    "scope": _choice(*CHOICES["scope"]),
-    "routing": _choice(*CHOICES["routing"]),
-    "norm": _choice(*CHOICES["norm"]),
-    "cache": _choice(*CHOICES["cache"]),
-    "decode": (_decode, "full, bypass or a number of tokens"),
-    "alpha": (_alpha, "a number, or one per loop with commas between"),
-    "momentum": (float, "a number from 0 to below 1"),
-    "memory": (int, "a whole number from 1 up"),
-    "damping": (float, "a number above 0, at most 1"),
-    "weights": (_floats, "loops + 1 numbers with commas between"),
+SETTINGS: dict[str, Setting] = {
+    "loops": Setting(
+        int,
+        "a whole number from 1 up",
+        "K",
+        "how often the window is applied; 1 is the plain model",
+    ),
+    "window": Setting(
+        _window,
+        "start:stop, as layers (15:19) or fractions of the depth (0.4:0.5)",
+        "START:STOP",
+        "the layers that loop, half open: 15:19 is layers 15 to 18; or fractions, 0.4:0.5",
+    ),
+    "integrator": _choice(
+        "integrator", "how the loops make one step: " + ", ".join(INTEGRATORS), "NAME"
+    ),
+    "beta": Setting(
+        float, "a number from 0 to 1", "B", "anchored: weight of the plain pass, 0 to 1"
+    ),
+    "scope": _choice("scope", "iterate the whole window, or each layer before the next"),
+    "routing": _choice("routing", "choose experts in each pass, or as the plain pass chose them"),
+    "norm": _choice("norm", "interpolated: iterates follow the norm of the plain pass"),
+    "cache": _choice(
+        "cache", "keys and values to keep: of the first pass, a last one, or own for each pass"
+    ),
+    "decode": Setting(
+        _decode,
+        "full, bypass or a number of tokens",
+        "{full,bypass,N}",
+        "which generated tokens loop: all, none, or the first N",
+    ),
+    "alpha": Setting(
+        _alpha,
+        "a number, or one per loop with commas between",
+        "A",
+        "ema, heavy_ball, norm_stab, input_anchor: step size; ema also one per loop (0.5,0.3)",
+    ),
+    "momentum": Setting(float, "a number from 0 to below 1", "M", "heavy_ball: momentum"),
+    "memory": Setting(
+        int, "a whole number from 1 up", "N", "anderson: how many earlier iterates are mixed"
+    ),
+    "damping": Setting(float, "a number above 0, at most 1", "D", "anderson: damping"),
+    "weights": Setting(
+        _floats,
+        "loops + 1 numbers with commas between",
+        "W,W,...",
+        "poly_blend: weights of x, g(x), g(g(x)), ...",
+    ),
 }
 
-_HELP = {
-    "loops": "how often the window is applied (K); 1 is the plain model",
-    "window": "the layers that loop, half open: 15:19 is layers 15 to 18; or fractions, 0.4:0.5",
-    "integrator": "how the loops make one step: " + ", ".join(INTEGRATORS),
-    "beta": "anchored: weight of the plain pass, 0 to 1",
-    "scope": "block: iterate the whole window; layer: each layer before the next",
-    "routing": "experts: live, or frozen as the plain pass chose them",
-    "norm": "free, or interpolated: iterates follow the norm of the plain pass",
-    "cache": "keys and values to keep: of the first pass, of a last one, or own for each pass",
-    "decode": "which generated tokens loop: full (all), bypass (none), or the first N",
-    "alpha": "ema, heavy_ball, norm_stab, input_anchor: step size; ema also one per loop (0.5,0.3)",
-    "momentum": "heavy_ball: momentum",
-    "memory": "anderson: how many earlier iterates are mixed",
-    "damping": "anderson: damping",
-    "weights": "poly_blend: weights of x, g(x), g(g(x)), ... (0.2,0.3,0.5)",
-}
+
+def number(kind: type, low: float, high: float, form: str) -> Callable[[str], Any]:
+    """An argparse type: a number of `kind` from `low` to `high`; `form` says so in words."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not {form}")
+        return value
+
+    return parse
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number from 1 up."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
-    return value
+positive = number(int, 1, math.inf, "a whole number from 1 up")
+_from_zero = number(int, 0, math.inf, "a whole number from 0 up")
+_temperature = number(float, 0, math.inf, "a number from 0 up")
+_fraction = number(float, 0, 1, "a number from 0 to 1")
 
 
-def _chat_template(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("it must be a JSON object")
+        raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
     return value
 
 
@@ -131,8 +181,8 @@ def add_loop_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "loop", "What is left out is as saved with the model, else the preset of its size."
     )
-    for name in _PARSERS:
-        group.add_argument(f"--{name}", metavar=name[0].upper(), help=_HELP[name])
+    for name, setting in SETTINGS.items():
+        group.add_argument(f"--{name}", metavar=setting.metavar, help=setting.help)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -148,7 +198,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     )
     group.add_argument(
         "--temp",
-        type=float,
+        type=_temperature,
         default=0.0,
         metavar="T",
         help="sampling temperature; 0, the default, is greedy",
@@ -158,22 +208,26 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
         ("min-p", "drop tokens less likely than this times the likeliest"),
         ("xtc-probability", "how often to apply XTC sampling"),
     ):
-        group.add_argument(f"--{name}", type=float, default=0.0, metavar="P", help=help_text)
+        group.add_argument(f"--{name}", type=_fraction, default=0.0, metavar="P", help=help_text)
     group.add_argument(
         "--xtc-threshold",
-        type=float,
+        type=_fraction,
         default=0.1,
         metavar="P",
         help="XTC: probability above which tokens are left out",
     )
     group.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens"
+        "--top-k",
+        type=_from_zero,
+        default=0,
+        metavar="K",
+        help="sample from the K likeliest tokens",
     )
-    group.add_argument("--seed", type=int, default=None, help="of the random numbers")
+    group.add_argument("--seed", type=_from_zero, help="of the random numbers")
     group.add_argument("--system-prompt", metavar="TEXT", help="the system message")
     group.add_argument(
         "--chat-template-config",
-        type=_chat_template,
+        type=_json_object,
         default={},
         metavar="JSON",
         help="more arguments for the chat template",
@@ -201,7 +255,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--quantized-kv-start",
-        type=int,
+        type=_from_zero,
         default=5000,
         metavar="N",
         help="quantise from this many tokens on (default: %(default)s)",
@@ -221,7 +275,7 @@ def load_from(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
 
     given = {
         name: parse_setting(name, getattr(args, name))
-        for name in _PARSERS
+        for name in SETTINGS
         if getattr(args, name) is not None
     }
     LoopConfig(**given)

@@ -17,8 +17,8 @@ from .config import LoopConfig
 from .conversation import Interrupted
 from .loop import Looped, layer_passes
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
 
 
 @contextmanager

@@ -1,0 +1,144 @@
+"""What a loop costs: time per decoded token and peak memory, as ratios to mlx-lm.
+
+    python benchmarks/decode.py                    a random dense model of 1.3 GB in float32
+    python benchmarks/decode.py --model demo       a checkpoint
+
+Both models take the same tokens in turn in one process, so that a busy machine slows both alike;
+a ratio is the median over pairs. On Linux, put an OpenBLAS in LD_PRELOAD: without one, float32
+products are so slow that they hide everything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import mlx.core as mx
+from mlx.utils import tree_map
+from mlx_lm.models import qwen3
+from mlx_lm.models.cache import make_prompt_cache
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import mlx_loop
+from mlx_loop import LoopConfig
+from mlx_loop.loop import Looped, layer_passes
+from mlx_loop.models.dense import Qwen3
+
+RANDOM = {
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 4096,
+    "max_position_embeddings": 4096,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+SETTINGS = {
+    "K = 1": LoopConfig(loops=1),
+    "K = 3, first": LoopConfig(loops=3),
+    "K = 3, last": LoopConfig(loops=3, cache="last"),
+    "K = 3, own": LoopConfig(loops=3, cache="own"),
+    "K = 3, first, layer scope": LoopConfig(loops=3, scope="layer"),
+    "K = 8, first": LoopConfig(loops=8),
+    "K = 2, rk4": LoopConfig(loops=2, integrator="rk4"),
+}
+
+
+def random_model() -> Looped:
+    """A dense model with random weights."""
+    model = Qwen3(qwen3.ModelArgs.from_dict(RANDOM))
+    model.update(tree_map(lambda p: mx.random.normal(p.shape) * 0.02, model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def plain_model(looped: Looped) -> qwen3.Model:
+    """mlx-lm's own model on the same arrays."""
+    plain = qwen3.Model(looped.args)
+    plain.update(looped.parameters())
+    return plain
+
+
+def decoder(model: Callable, prompt: mx.array) -> Callable[[], float]:
+    """A function that decodes one more token and gives the seconds that it took."""
+    cache = make_prompt_cache(model)
+    token = mx.argmax(model(prompt, cache=cache)[:, -1:], axis=-1)
+    mx.eval(token)
+
+    def step() -> float:
+        nonlocal token
+        start = time.perf_counter()
+        token = mx.argmax(model(token, cache=cache)[:, -1:], axis=-1)
+        mx.eval(token)
+        return time.perf_counter() - start
+
+    return step
+
+
+def median_ratio(model: Callable, base: Callable, prompt: mx.array, pairs: int) -> float:
+    """Median time of a token with `model` over that with `base`, measured in turn."""
+    steps = [decoder(m, prompt) for m in (model, base)]
+    for step in steps * 3:
+        step()
+    times = [[step() for step in steps] for _ in range(pairs)]
+    return statistics.median(t for t, _ in times) / statistics.median(t for _, t in times)
+
+
+def peak_memory(model: Looped, prompt: mx.array) -> tuple[int, int]:
+    """Peak bytes of a prefill and eight decoded tokens, and the bytes of the cache after them."""
+    mx.clear_cache()
+    cache = make_prompt_cache(model)
+    mx.reset_peak_memory()
+    token = mx.argmax(model(prompt, cache=cache)[:, -1:], axis=-1)
+    for _ in range(8):
+        token = mx.argmax(model(token, cache=cache)[:, -1:], axis=-1)
+        mx.eval(token)
+    return mx.get_peak_memory(), sum(entry.nbytes for entry in cache)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a checkpoint (qwen3); default: random weights")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--pairs", type=int, default=40, help="tokens measured with each model")
+    args = parser.parse_args()
+
+    model = random_model() if args.model is None else mlx_loop.load_model(args.model, loop=None)
+    plain = plain_model(model)
+    layers = len(model.layers)
+    prompt = mx.random.randint(2, 400, (1, args.prompt_tokens), key=mx.random.key(0))
+    base_peak, base_cache = peak_memory(model.with_loop(None), prompt)
+
+    columns = ("settings", "layer passes", "ratio of passes", "ratio of time", "factor", "peak")
+    table = Table(*columns, title=f"decode against mlx-lm, {layers} layers, {mx.default_device()}")
+    for name, settings in track(SETTINGS.items(), description="measuring", transient=True):
+        looped = model.with_loop(settings)
+        passes = layer_passes(looped.loop, layers)
+        ratio = median_ratio(looped, plain, prompt, args.pairs)
+        peak, cache = peak_memory(looped, prompt)
+        table.add_row(
+            name,
+            str(passes),
+            f"{passes / layers:.3f}",
+            f"{ratio:.3f}",
+            f"{ratio / (passes / layers):.3f}",
+            f"{(peak - (cache - base_cache)) / base_peak - 1:+.2%}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "factor: time over passes. peak: against the un-looped model, without own's histories."
+    )
+
+
+if __name__ == "__main__":
+    main()
