@@ -214,15 +214,22 @@ class LoopConfig:
         """A short line for people, of what is not plain: `anchored, 3 loops of [4,8), beta 0.5`."""
         start, stop = self.window or ("?", "?")
         words = [self.integrator or "?", f"{self.loops or '?'} loops of [{start},{stop})"]
-        for name, plain in (*dict.fromkeys(INTEGRATOR_FIELDS, None).items(), *_PLAIN.items()):
+        for name, plain in _PLAIN.items():
             value = getattr(self, name)
-            if value is not None and value != plain:
+            if value not in (None, plain):
                 shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
                 words.append(f"{name} {shown}")
         return ", ".join(words)
 
 
-_PLAIN = {"scope": "block", "routing": "live", "norm": "free", "cache": "first", "decode": "full"}
+# What goes without saying; of an integrator's own fields, nothing.
+_PLAIN = dict.fromkeys(INTEGRATOR_FIELDS) | {
+    "scope": "block",
+    "routing": "live",
+    "norm": "free",
+    "cache": "first",
+    "decode": "full",
+}
 
 
 def _wrong(name: str, value: object, allowed: str) -> UserError:

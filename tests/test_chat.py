@@ -1,0 +1,120 @@
+"""The chat on a screen (a pseudo-terminal) and in a pipe."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pexpect
+import pytest
+
+CHAT = [sys.executable, "-m", "mlx_loop.cli", "chat"]
+
+
+def piped(text, *options, status=0):
+    done = subprocess.run(
+        [*CHAT, *options], input=text, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def screen(tmp_path):
+    """A chat in a pseudo-terminal of 30 x 100, with a home folder of its own."""
+    child = pexpect.spawn(
+        CHAT[0],
+        CHAT[1:],
+        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "TERM": "xterm", "NO_COLOR": "1"},
+        dimensions=(30, 100),
+        encoding="utf-8",
+        timeout=60,
+    )
+    child.expect("Ctrl-D leaves")
+    yield child
+    child.close(force=True)
+
+
+def send(screen, line, *expected):
+    screen.send(line + "\r")
+    for text in expected:
+        screen.expect(text)
+
+
+def test_a_piped_conversation_remembers():
+    out = piped("My name is Anna.\nWhat is my name?\n")
+    assert "Anna" in out.splitlines()[-2]
+    assert out.count("tokens/s") == 2
+
+
+def test_numbers_under_each_answer():
+    out = piped("hello\n", "--loops", "6")
+    for words in ("tokens/s", "anchored, 6 loops", "layer passes", "peak"):
+        assert words in " ".join(out.split())
+
+
+def test_commands_work_in_a_pipe_too(tmp_path):
+    file = tmp_path / "talk.json"
+    piped(f"hello\n/loop 6\n/set beta 0.25\n/save {file}\n")
+    saved = json.loads(file.read_text())
+    assert saved["loop"]["loops"] == 6
+    assert saved["loop"]["beta"] == 0.25
+    assert [m["role"] for m in saved["messages"]] == ["user", "assistant"]
+    out = piped(f"/load {file}\n/info\n")
+    assert "2 messages" in out
+    assert "6 loops" in out
+
+
+def test_an_error_in_a_pipe_stops_with_status_2(tmp_path):
+    for line in (
+        "/nonsense",
+        "/loop 0",
+        "/window 30:40",
+        "/set beta 2",
+        "/set",
+        f"/load {tmp_path}/no",
+    ):
+        piped(line + "\n", status=2)
+
+
+def test_the_screen(screen, tmp_path):
+    send(screen, "What is 12 + 30?", "42", "tokens/s", "layer passes")
+    send(screen, "/loop 6", "6 loops", "layer passes")
+    send(screen, "/window 3:7", r"\[3,7\)")
+    send(screen, "/window 30:40", "12 layers")
+    send(screen, "/loop off", "loop off")
+    send(screen, "What is 12 + 30?", "42", "no loop")
+    send(screen, "/loop on", "6 loops")
+    send(screen, "/nonsense", "/help lists")
+    send(screen, "/info", "layers", "messages", "tokens")
+    send(screen, "/help", "/window", "/save", "Alt-Enter")
+    send(screen, f"/save {tmp_path}/talk.json", "4 messages saved")
+    send(screen, f"/save {tmp_path}/talk.json", "exists already")
+    send(screen, "/reset", "new conversation")
+    screen.sendeof()
+    screen.expect(pexpect.EOF)
+    screen.wait()
+    assert screen.exitstatus == 0
+    assert "What is 12" in (tmp_path / ".cache" / "mlx_loop" / "chat_history").read_text()
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_session(screen):
+    screen.send("Tell me a story.\r")
+    screen.expect("> Tell me a story.")
+    screen.sendintr()
+    screen.expect("stopped|tokens/s")
+    send(screen, "What is 12 + 30?", "42", "tokens/s")
+
+
+def test_ctrl_c_at_the_prompt_keeps_the_session(screen):
+    screen.send("half a line")
+    screen.sendintr()
+    send(screen, "What is 12 + 30?", "42", "tokens/s")
+
+
+def test_a_message_of_several_lines(screen):
+    screen.send("hello\\\r")
+    send(screen, "What is 12 + 30?", "tokens/s")
+    send(screen, "/info", "2 messages")

@@ -1,0 +1,184 @@
+"""The command line: what works, and one clear line with exit status 2 for what cannot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_loop.cli import COMMANDS, main
+from mlx_loop.loading import DEMOS
+
+GOLDEN = Path(__file__).parent / "data" / "golden" / "models"
+PROMPT = ["--prompt", "What is 12 + 30?"]
+
+
+def run(*args, stdin="", status=0):
+    """Run `mlx_loop` as a program of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_loop.cli", *map(str, args)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def error(*args, stdin="", status=2):
+    """The single line that a failing command prints."""
+    done = run(*args, stdin=stdin, status=status)
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A checkpoint whose weights end too early."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((DEMOS["demo"] / name).read_bytes())
+    weights = (DEMOS["demo"] / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:100_000])
+    return tmp_path
+
+
+def test_a_prompt_is_answered_on_standard_output_and_numbers_go_elsewhere():
+    done = run("generate", *PROMPT)
+    assert "42" in done.stdout
+    assert "tokens/s" in done.stderr
+    assert "anchored" in done.stderr
+
+
+def test_a_prompt_may_come_from_standard_input():
+    assert run("generate", stdin="What is 12 + 30?").stdout == run("generate", *PROMPT).stdout
+    assert run("generate", "-p", "-", stdin="What is 12 + 30?").stdout
+
+
+def test_json_holds_the_answer_its_cost_and_the_whole_configuration():
+    report = json.loads(run("generate", *PROMPT, "--json", "--loops", 6, "--window", "3:7").stdout)
+    assert "42" in report["text"]
+    assert report["loop"]["loops"] == 6
+    assert report["loop"]["window"] == [3, 7]
+    assert report["layer_passes"] == report["layers"] + 5 * 4
+    assert report["finish_reason"] == "stop"
+    assert report["generation_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--loops", "1"],
+        ["--integrator", "rk4", "--loops", "2"],
+        ["--integrator", "ema", "--alpha", "0.5,0.25", "--loops", "2"],
+        ["--integrator", "poly_blend", "--loops", "2", "--weights", "0.2,0.3,0.5"],
+        ["--integrator", "aitken"],
+        ["--window", "0.4:0.6", "--scope", "layer", "--norm", "interpolated"],
+        ["--cache", "own", "--decode", "bypass"],
+        ["--cache", "last", "--decode", "3"],
+        ["--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "0"],
+        ["--max-kv-size", "64"],
+        ["--temp", "0.7", "--top-p", "0.9", "--seed", "1"],
+        ["--ignore-chat-template"],
+        ["--draft-model", "demo", "--cache", "own"],
+    ],
+)
+def test_options(options, capsys):
+    assert main(["generate", *PROMPT, *options, "--max-tokens", "8"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_seed_makes_sampling_repeatable(capsys):
+    texts = []
+    for _ in range(2):
+        main(["generate", "-p", "Tell me a story.", "--temp", "1.5", "--seed", "7"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "./nowhere"], "no folder"),
+        (["--model", "nobody/no-such-model"], "Hugging Face hub"),
+        (["--model", str(GOLDEN / "qwen3")], "tokenizer"),
+        (["--window", "30:40"], "12 layers"),
+        (["--window", "4"], "start:stop"),
+        (["--loops", "0"], "from 1 up"),
+        (["--loops", "many"], "whole number"),
+        (["--integrator", "rk5"], "rk4"),
+        (["--beta", "2"], "from 0 to 1"),
+        (["--cache", "all"], "own"),
+        (["--decode", "some"], "bypass"),
+        (["--integrator", "aitken", "--loops", "3"], "even"),
+        (["--max-kv-size", "8"], "--max-kv-size"),
+        (["--max-kv-size", "64", "--kv-bits", "8"], "--kv-bits"),
+        (["--max-tokens", "0"], "--max-tokens"),
+        (["--temp", "-1"], "--temp"),
+        (["--top-p", "1.5"], "--top-p"),
+        (["--chat-template-config", "{"], "JSON"),
+        (["--prompt-cache-file", "./none.safetensors"], "cache_prompt"),
+        (["--adapter-path", "./none"], "none"),
+        (["--unknown"], "--unknown"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(options, words, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert words in error("generate", *PROMPT, *options)
+
+
+def test_truncated_weights_are_one_line_and_status_2(broken):
+    assert "incomplete" in error("generate", *PROMPT, "--model", broken)
+
+
+def test_an_unsupported_model_type_names_those_that_are(broken):
+    config = json.loads((broken / "config.json").read_text()) | {"model_type": "mamba"}
+    (broken / "config.json").write_text(json.dumps(config))
+    message = error("generate", *PROMPT, "--model", broken)
+    assert all(name in message for name in ("mamba", "llama", "mistral", "qwen2", "qwen3"))
+
+
+def test_an_empty_prompt_and_no_command_are_errors():
+    assert "prompt is empty" in error("generate", stdin="  \n")
+    assert "COMMAND" in error()
+
+
+def test_every_command_has_help_with_an_example(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as caught:
+            main([command, "--help"])
+        assert caught.value.code == 0
+        assert f"mlx_loop {command}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("mlx_loop ")
+
+
+def test_a_prompt_cache_file_goes_on_where_it_ended(tmp_path):
+    file = tmp_path / "cache.safetensors"
+    done = run(
+        "cache_prompt", "--prompt", "What is 12", "--prompt-cache-file", file, "--cache", "own"
+    )
+    assert "tokens" in done.stderr
+    whole = run("generate", "--prompt", "What is 12 + 30?", "--cache", "own").stdout
+    more = ["generate", "--prompt", " + 30?", "--prompt-cache-file", file]
+    assert run(*more, "--cache", "own").stdout == whole
+    assert "cache own, now first" in error(*more)
+
+
+def test_a_pipe_that_closes_early_is_no_error():
+    command = f"{sys.executable} -m mlx_loop.cli generate -p 'Tell me a story.' | head -c 1"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "Error" not in done.stderr
+    assert "Traceback" not in done.stderr

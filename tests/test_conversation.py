@@ -1,0 +1,155 @@
+"""A conversation re-uses its cache across turns and survives being interrupted."""
+
+from __future__ import annotations
+
+import pytest
+
+import mlx_loop
+from mlx_loop import LoopConfig, UserError
+from mlx_loop.cache import position
+from mlx_loop.conversation import Conversation, Interrupted
+
+
+@pytest.fixture
+def talk():
+    # Under `own` the logits do not depend on how the text is fed, so turns can be compared.
+    model, tokenizer = mlx_loop.load("demo", dtype="float32", loop=LoopConfig(cache="own"))
+    return Conversation(model, tokenizer)
+
+
+def say(talk, text, **generation):
+    responses = list(talk.reply(text, max_tokens=24, **generation))
+    return "".join(r.text for r in responses), responses
+
+
+def fresh(talk, messages, loop="same"):
+    """A conversation with the same messages and an empty cache."""
+    model = talk.model.with_loop(talk.loop if loop == "same" else loop)
+    return Conversation(model, talk.tokenizer, talk.system, messages=list(messages))
+
+
+def test_only_new_tokens_are_processed(talk):
+    say(talk, "My name is Anna.")
+    whole = len(talk._render([*talk.messages, {"role": "user", "content": "What is my name?"}]))
+    held = len(talk._tokens)
+    _, responses = say(talk, "What is my name?")
+    assert responses[0].prompt_tokens == whole - held
+    assert responses[0].prompt_tokens < whole / 2
+
+
+def test_the_cache_holds_the_tokens_that_it_is_said_to_hold(talk):
+    for text in ("hello", "What is 12 + 30?", "thanks"):
+        say(talk, text)
+        assert position(talk._cache[0]) == len(talk._tokens)
+
+
+def test_answers_are_those_of_a_conversation_without_a_cache(talk):
+    for text in ("My name is Anna.", "What is 12 + 30?", "What is my name?"):
+        expected, _ = say(fresh(talk, talk.messages), text)
+        assert say(talk, text)[0] == expected
+
+
+def test_messages_alternate(talk):
+    say(talk, "hello")
+    say(talk, "thanks")
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
+
+
+def test_an_interrupted_answer_stays_and_the_talk_goes_on(talk):
+    stream = talk.reply("Tell me a story.", max_tokens=24)
+    for _ in range(4):
+        next(stream)
+    stream.close()
+    assert talk.messages[-1]["role"] == "assistant"
+    assert position(talk._cache[0]) == len(talk._tokens)
+    expected, _ = say(fresh(talk, talk.messages), "thanks")
+    assert say(talk, "thanks")[0] == expected
+
+
+def test_an_interruption_between_chunks_of_the_prompt_loses_nothing(talk):
+    say(talk, "hello")
+    before = list(talk.messages)
+
+    def stop(done, total):
+        if done:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        list(talk.reply("What is 12 + 30?", stop, prefill_step_size=4))
+    assert talk.messages == before
+    assert position(talk._cache[0]) == len(talk._tokens)
+    expected, _ = say(fresh(talk, before), "What is 12 + 30?")
+    assert say(talk, "What is 12 + 30?")[0] == expected
+
+
+def test_an_error_in_the_middle_of_a_pass_drops_the_cache(talk):
+    say(talk, "hello")
+    before = list(talk.messages)
+    layer = talk.model.model.layers[5]
+
+    class Broken:
+        def __call__(self, *args):
+            raise RuntimeError("in the middle")
+
+    talk.model.model.layers[5] = Broken()
+    with pytest.raises(RuntimeError):
+        say(talk, "thanks")
+    talk.model.model.layers[5] = layer
+    assert talk.messages == before
+    expected, _ = say(fresh(talk, before), "thanks")
+    assert say(talk, "thanks")[0] == expected
+
+
+def test_new_loop_settings_recompute_what_was_said(talk):
+    say(talk, "My name is Anna.")
+    new = LoopConfig(loops=6, cache="own")
+    expected, _ = say(fresh(talk, talk.messages, new), "What is my name?")
+    talk.loop = new
+    text, responses = say(talk, "What is my name?")
+    assert text == expected
+    assert responses[0].prompt_tokens == len(talk._tokens) - responses[-1].generation_tokens
+
+
+def test_a_new_decode_setting_alone_recomputes_nothing(talk):
+    say(talk, "hello")
+    held = talk._tokens
+    talk.loop = LoopConfig(cache="own", decode="bypass")
+    assert talk._tokens is held
+
+
+def test_settings_that_are_refused_change_nothing(talk):
+    say(talk, "hello")
+    before, held = talk.loop, talk._tokens
+    with pytest.raises(UserError):
+        talk.loop = LoopConfig(window=(30, 40))
+    assert talk.loop == before
+    assert talk._tokens is held
+
+
+def test_a_new_system_message_keeps_what_still_fits(talk):
+    say(talk, "hello")
+    talk.system = "You are a pirate."
+    expected, _ = say(fresh(talk, talk.messages), "thanks")
+    assert say(talk, "thanks")[0] == expected
+
+
+def test_reset_starts_again(talk):
+    first = say(talk, "hello")[0]
+    talk.reset()
+    assert talk.messages == []
+    assert say(talk, "hello")[0] == first
+
+
+def test_a_rotating_cache_goes_on_past_its_size(talk):
+    small = Conversation(talk.model.with_loop(LoopConfig()), talk.tokenizer, max_kv_size=64)
+    for text in ("Tell me a story.", "Tell me a story.", "hello", "thanks"):
+        assert say(small, text)[0]
+    assert len(small._tokens) > 64
+
+
+def test_a_model_without_a_chat_template_is_refused(talk):
+    class Plain:
+        has_chat_template = False
+
+    with pytest.raises(UserError, match="no chat template"):
+        Conversation(talk.model, Plain())
