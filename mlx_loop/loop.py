@@ -24,13 +24,14 @@ from .errors import UserError
 from .integrators import Between, integrate, is_natural, passes
 from .phase import announce, prompt_end
 from .presets import resolve
+from .routing import MoEBlock, with_frozen_routing
 
 
 class Looped(nn.Module):
     """Mixin in front of an mlx-lm `Model`: `class Qwen3(Looped, qwen3.Model)`.
 
-    A subclass names its `family` and mlx-lm's `args_class`, and says which mask each layer takes
-    (`masks`).
+    A subclass names its `family` and mlx-lm's `args_class`, says which mask each layer takes
+    (`masks`) and, if it has experts, how its routing is frozen (`moe`).
 
     Attributes:
         config, path: the checkpoint's config.json and folder; empty and None for a model that
@@ -39,6 +40,7 @@ class Looped(nn.Module):
 
     family: ClassVar[str]
     args_class: ClassVar[type]
+    moe: ClassVar[MoEBlock | None] = None
     config: Mapping[str, Any] = MappingProxyType({})
     path: Path | None = None
 
@@ -154,8 +156,11 @@ class Looped(nn.Module):
         size = len(window) if loop.scope == "block" else 1
         for first in window[::size]:
             part = slice(first, first + size)
+            layers = self.layers[part]
+            if loops and loop.routing == "frozen" and self.moe is not None:
+                layers = [with_frozen_routing(layer, self.moe) for layer in layers]
             kv = [policy(loop.cache, entry, h.shape[1]) for entry in entries[part]]
-            g = _Window(self.layers[part], masks[part], kv)
+            g = _Window(layers, masks[part], kv)
             h = integrate(g, h, loop) if loops else g(h)
             if loops and loop.cache == "last" and cache is not None:
                 # MLX is lazy: of this pass only the keys and values are read, so that is all

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import CHOICES, INTEGRATORS, LoopConfig
 from .errors import UserError
+from .presets import RECIPES
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -181,6 +182,11 @@ def add_loop_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "loop", "What is left out is as saved with the model, else the preset of its size."
     )
+    group.add_argument(
+        "--recipe",
+        choices=list(RECIPES),
+        help="published settings to start from: the paper's, or its authors' for long answers",
+    )
     for name, setting in SETTINGS.items():
         group.add_argument(f"--{name}", metavar=setting.metavar, help=setting.help)
 
@@ -282,8 +288,9 @@ def load_from(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
     model, tokenizer = load(
         args.model, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
     )
-    if given:
-        model.loop = replace(saved_loop(model) or LoopConfig(), **given)
+    start = saved_loop(model) if args.recipe is None else RECIPES[args.recipe]
+    if given or args.recipe is not None:
+        model.loop = replace(start or LoopConfig(), **given)
     return model, tokenizer
 
 

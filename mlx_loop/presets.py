@@ -15,6 +15,33 @@ DEFAULT_WIDTH = 4
 # The best centres lie at 0.43 to 0.71 of the depth (the same paper, section on the window).
 DEFAULT_CENTRE = 0.47
 
+# Settings as published, by name; a window of fractions fits any depth.
+RECIPES = {
+    # The paper's recipe for all model families: anchored Runge-Kutta over the whole window.
+    "paper": LoopConfig(
+        loops=3,
+        integrator="anchored",
+        beta=0.5,
+        scope="block",
+        routing="live",
+        norm="free",
+        cache="first",
+        decode="full",
+    ),
+    # The authors' best for long answers, on Qwen3-30B-A3B: layers [29, 33) of 48.
+    "generative": LoopConfig(
+        window=(29 / 48, 33 / 48),
+        loops=6,
+        integrator="anchored",
+        beta=0.5,
+        scope="layer",
+        routing="frozen",
+        norm="interpolated",
+        cache="first",
+        decode="full",
+    ),
+}
+
 FAMILY_PRESETS = {
     "dense": {"scope": "block", "routing": "live"},
     "moe": {"scope": "layer", "routing": "frozen"},

@@ -8,6 +8,8 @@ import pytest
 from mlx.utils import tree_map
 
 from mlx_loop.models.dense import Llama, Qwen2, Qwen3
+from mlx_loop.models.mla_moe import DeepseekV2, DeepseekV3
+from mlx_loop.models.moe import GptOss, Mixtral, Olmoe, Qwen2MoE, Qwen3MoE
 
 SIZES = {
     "hidden_size": 128,
@@ -21,7 +23,31 @@ SIZES = {
     "rope_theta": 10000.0,
     "head_dim": 32,
 }
-MODELS = {
+EXPERTS = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
+YARN = {
+    "type": "yarn",
+    "factor": 4,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
+DENSE = {
     "qwen3": (Qwen3, {"tie_word_embeddings": True}),
     "qwen2": (Qwen2, {"tie_word_embeddings": False}),
     "llama": (Llama, {"tie_word_embeddings": False}),
@@ -31,6 +57,44 @@ MODELS = {
         {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 4},
     ),
 }
+MIXTURES = {
+    "qwen3_moe": (
+        Qwen3MoE,
+        {
+            **EXPERTS,
+            "moe_intermediate_size": 32,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [3],
+            "norm_topk_prob": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "qwen2_moe": (
+        Qwen2MoE,
+        {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    ),
+    "mixtral": (Mixtral, {**EXPERTS, "intermediate_size": 64}),
+    "olmoe": (Olmoe, {**EXPERTS, "intermediate_size": 64, "norm_topk_prob": True}),
+    "gpt_oss": (
+        GptOss,
+        {
+            **EXPERTS,
+            "intermediate_size": 64,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 4,
+        },
+    ),
+    "deepseek_v2": (
+        DeepseekV2,
+        {**LATENT, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}
+        | {"rope_scaling": YARN},
+    ),
+    "deepseek_v3": (
+        DeepseekV3,
+        {**LATENT, "topk_method": "noaux_tc", "n_group": 2, "topk_group": 1},
+    ),
+}
+MODELS = DENSE | MIXTURES
 
 
 def make(name, seed=0):
@@ -50,7 +114,19 @@ def make(name, seed=0):
 
 @pytest.fixture(scope="session", params=list(MODELS))
 def any_model(request):
-    """Each kind of dense model in turn."""
+    """Each kind of model in turn."""
+    return make(request.param)
+
+
+@pytest.fixture(scope="session", params=list(MIXTURES))
+def any_mixture(request):
+    """Each kind of model with experts in turn."""
+    return make(request.param)
+
+
+@pytest.fixture(scope="session", params=["qwen3", "sliding_llama", "qwen3_moe", "deepseek_v3"])
+def one_of_each(request):
+    """A dense model, one with sliding windows, one with experts, one with latent attention."""
     return make(request.param)
 
 

@@ -43,8 +43,8 @@ def feed(model, cache, calls=CALLS, batch=2):
 @pytest.mark.parametrize("scope", ["block", "layer"])
 @pytest.mark.parametrize("policy", ["first", "last"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rewinding_equals_a_fresh_copy_for_every_pass(any_model, kind, policy, scope):
-    looped = any_model.with_loop(
+def test_rewinding_equals_a_fresh_copy_for_every_pass(one_of_each, kind, policy, scope):
+    looped = one_of_each.with_loop(
         LoopConfig(window=(2, 5), loops=3, beta=0.3, cache=policy, scope=scope)
     )
     found = feed(looped, [KINDS[kind]() for _ in looped.layers])
@@ -60,12 +60,12 @@ def test_rewinding_equals_a_fresh_copy_for_every_pass(any_model, kind, policy, s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_own_with_naive_loops_is_the_model_with_its_window_twice(any_model, kind):
-    looped = any_model.with_loop(
+def test_own_with_naive_loops_is_the_model_with_its_window_twice(one_of_each, kind):
+    looped = one_of_each.with_loop(
         LoopConfig(window=(2, 5), loops=2, integrator="naive", cache="own")
     )
     found = feed(looped, own_entries([KINDS[kind]() for _ in looped.layers], range(2, 5), 2))
-    double = doubled_window(any_model, (2, 5))
+    double = doubled_window(one_of_each, (2, 5))
     expected = feed(double, [KINDS[kind]() for _ in double.layers])
     assert mx.array_equal(found[:, 2:], expected[:, 2:])
 

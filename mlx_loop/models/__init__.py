@@ -9,8 +9,21 @@ from mlx_lm.utils import MODEL_REMAPPING
 from ..errors import UserError
 from ..loop import Looped
 from .dense import Llama, Qwen2, Qwen3
+from .mla_moe import DeepseekV2, DeepseekV3
+from .moe import GptOss, Mixtral, Olmoe, Qwen2MoE, Qwen3MoE
 
-MODELS: dict[str, type[Looped]] = {"llama": Llama, "qwen2": Qwen2, "qwen3": Qwen3}
+MODELS: dict[str, type[Looped]] = {
+    "llama": Llama,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "qwen2_moe": Qwen2MoE,
+    "qwen3_moe": Qwen3MoE,
+    "mixtral": Mixtral,
+    "olmoe": Olmoe,
+    "gpt_oss": GptOss,
+    "deepseek_v2": DeepseekV2,
+    "deepseek_v3": DeepseekV3,
+}
 
 
 def supported() -> list[str]:

@@ -7,38 +7,27 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import llama, qwen2, qwen3
-from mlx_lm.models.base import create_attention_mask
 
 from ..loop import Looped
+from .masks import full_or_sliding, same_for_all
 
 
-class _OneMask(Looped):
-    """Every layer attends to the whole past."""
-
+class Qwen3(Looped, qwen3.Model):
     family = "dense"
-
-    def masks(self, h: mx.array, caches: Sequence[Any]) -> Sequence[Any]:
-        return [create_attention_mask(h, caches[0])] * len(caches)
-
-
-class Qwen3(_OneMask, qwen3.Model):
     args_class = qwen3.ModelArgs
+    masks = staticmethod(same_for_all)
 
 
-class Qwen2(_OneMask, qwen2.Model):
+class Qwen2(Looped, qwen2.Model):
+    family = "dense"
     args_class = qwen2.ModelArgs
+    masks = staticmethod(same_for_all)
 
 
 class Llama(Looped, llama.Model):
-    """Some checkpoints let a part of the layers attend to a sliding window only."""
-
     family = "dense"
     args_class = llama.ModelArgs
 
     def masks(self, h: mx.array, caches: Sequence[Any]) -> Sequence[Any]:
-        model = self.model
-        full = create_attention_mask(h, caches[model.fa_idx])
-        if model.swa_idx is None:
-            return [full] * len(caches)
-        sliding = create_attention_mask(h, caches[model.swa_idx], window_size=model.sliding_window)
-        return [sliding if layer.use_sliding else full for layer in model.layers]
+        is_sliding = [layer.use_sliding for layer in self.layers]
+        return full_or_sliding(h, caches, is_sliding, self.model.sliding_window)
