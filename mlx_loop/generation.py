@@ -8,10 +8,11 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 from mlx_lm.generate import GenerationResponse
+from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.models.cache import make_prompt_cache as mlx_lm_make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .cache import ROTATING_KEEP
+from .cache import ROTATING_KEEP, histories
 from .errors import UserError
 from .loop import Looped
 
@@ -51,20 +52,14 @@ def stream_generate(
         kwargs: whatever mlx-lm's `stream_generate` takes.
 
     Raises:
-        UserError: an empty prompt, or one longer than a rotating cache holds.
+        UserError: as `check_prompt`.
     """
     tokens = encode(tokenizer, prompt)
-    if not tokens:
-        raise UserError("the prompt is empty: give at least one token")
-    if max_kv_size is not None and len(tokens) > max_kv_size:
-        raise UserError(
-            f"the prompt has {len(tokens)} tokens and the cache keeps {max_kv_size}: raise "
-            "--max-kv-size (max_kv_size) or shorten the prompt"
-        )
     if prompt_cache is None:
         prompt_cache = make_prompt_cache(model, max_kv_size)
         if draft_model is not None:
             prompt_cache += mlx_lm_make_prompt_cache(draft_model)
+    check_prompt(model, tokens, prompt_cache, max_kv_size, kwargs.get("kv_bits"))
     yield from mlx_lm.stream_generate(
         model.for_prompt(prompt_cache, len(tokens)),
         tokenizer,
@@ -74,6 +69,37 @@ def stream_generate(
         draft_model=draft_model,
         **kwargs,
     )
+
+
+def check_prompt(
+    model: Looped,
+    tokens: Sequence[int],
+    cache: Sequence[Any],
+    max_kv_size: int | None = None,
+    kv_bits: int | None = None,
+) -> None:
+    """Refuse what mlx-lm would answer with an exception, or by dropping part of the prompt.
+
+    Raises:
+        UserError: an empty prompt, one longer than a rotating cache holds, or a cache that mlx-lm
+            cannot quantise.
+    """
+    if not tokens:
+        raise UserError("the prompt is empty: give at least one token")
+    if max_kv_size is not None and len(tokens) > max_kv_size:
+        raise UserError(
+            f"the prompt has {len(tokens)} tokens and the cache keeps {max_kv_size}: raise "
+            "--max-kv-size (max_kv_size) or shorten the prompt"
+        )
+    if kv_bits is None:
+        return
+    if not model.quantised_cache:
+        raise UserError(f"--kv-bits (kv_bits) does not work with {model.model_type}: leave it out")
+    if any(isinstance(c, RotatingKVCache) for entry in cache for c in histories(entry)):
+        raise UserError(
+            "--kv-bits (kv_bits) does not work with a rotating cache, which --max-kv-size and "
+            "sliding-window layers need: leave one of them out"
+        )
 
 
 def generate(model: Looped, tokenizer: TokenizerWrapper, prompt: Prompt, **kwargs: Any) -> str:

@@ -44,7 +44,7 @@ def load(
         loop: `saved`: the settings stored with the model, else the preset of its family and
             size. None: looping off.
         dtype: `float32`, `float16` or `bfloat16` for all parameters that are not quantised;
-            None: as stored.
+            None: as stored, but float32 for a model with experts on the CPU.
         adapter_path: a folder with LoRA adapters, as mlx-lm writes them.
         tokenizer_config: more settings for the tokenizer.
         lazy: read weights when they are first used.
@@ -95,6 +95,8 @@ def load_model(
     try:
         loaded, config = mlx_lm_utils.load_model(path, lazy=True, get_model_classes=get_classes)
         model = cast(Looped, loaded)
+        if dtype is None and model.moe is not None and mx.default_device() == mx.cpu:
+            dtype = "float32"  # MLX gathers experts on the CPU in float32 only.
         if dtype is not None:
             model.set_dtype(getattr(mx, dtype))
         if adapter_path is not None:

@@ -41,6 +41,8 @@ class Looped(nn.Module):
     family: ClassVar[str]
     args_class: ClassVar[type]
     moe: ClassVar[MoEBlock | None] = None
+    # Whether mlx-lm's attention of this family reads quantised keys and values.
+    quantised_cache: ClassVar[bool] = True
     config: Mapping[str, Any] = MappingProxyType({})
     path: Path | None = None
 
@@ -122,13 +124,13 @@ class Looped(nn.Module):
         """
         if cache is not None:
             check_cache(cache, self._loop, self._histories())
-        loop = self._loop
-        if loop is None or self.is_unlooped:
-            return super().__call__(*_given(inputs, cache, input_embeddings))
+        loop = None if self.is_unlooped else self._loop
+        if loop is None and input_embeddings is None:
+            return super().__call__(inputs, cache)
         if getattr(self.model, "pipeline_size", 1) > 1:
             raise UserError("a model split into a pipeline cannot loop: set loop=None")
         h = self.model.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-        looped = self._count_looped(loop, cache, h.shape[1])
+        looped = 0 if loop is None else self._count_looped(loop, cache, h.shape[1])
         # The tokens that loop come first and cannot see the others, so they go first.
         parts = [(h[:, :looped], True), (h[:, looped:], False)]
         outs = [self._walk(x, cache, loop, loops) for x, loops in parts if x.shape[1]]
@@ -145,31 +147,50 @@ class Looped(nn.Module):
         raise NotImplementedError
 
     def _walk(
-        self, h: mx.array, cache: Sequence[Any] | None, loop: LoopConfig, loops: bool
+        self, h: mx.array, cache: Sequence[Any] | None, loop: LoopConfig | None, loops: bool
     ) -> mx.array:
-        """All layers, (batch, length, hidden) -> the same, with the window looped or not."""
-        entries = [None] * len(self.layers) if cache is None else cache
+        """All layers, (batch, length, hidden) -> the same.
+
+        Args:
+            loop: None: there is no window.
+            loops: whether these tokens loop, or pass the window once.
+        """
+        layers = self.layers
+        entries = [None] * len(layers) if cache is None else cache
         masks = self.masks(h, [entry and histories(entry)[0] for entry in entries])
-        window = loop.layers
+        window = range(0) if loop is None else loop.layers
         for i in range(window.start):
-            h = self.layers[i](h, masks[i], entries[i])
-        size = len(window) if loop.scope == "block" else 1
-        for first in window[::size]:
-            part = slice(first, first + size)
-            layers = self.layers[part]
-            if loops and loop.routing == "frozen" and self.moe is not None:
-                layers = [with_frozen_routing(layer, self.moe) for layer in layers]
-            kv = [policy(loop.cache, entry, h.shape[1]) for entry in entries[part]]
-            g = _Window(layers, masks[part], kv)
-            h = integrate(g, h, loop) if loops else g(h)
-            if loops and loop.cache == "last" and cache is not None:
-                # MLX is lazy: of this pass only the keys and values are read, so that is all
-                # that is computed of the window's last layer.
-                g(h)
-            for entry in kv:
-                entry.close()
-        for i in range(window.stop, len(self.layers)):
-            h = self.layers[i](h, masks[i], entries[i])
+            h = layers[i](h, masks[i], entries[i])
+        if loop is not None:
+            size = len(window) if loop.scope == "block" else 1
+            for i in window[::size]:
+                part = slice(i, i + size)
+                h = self._window(h, layers[part], masks[part], entries[part], loop, loops)
+        for i in range(window.stop, len(layers)):
+            h = layers[i](h, masks[i], entries[i])
+        return h
+
+    def _window(
+        self,
+        h: mx.array,
+        layers: Sequence[nn.Module],
+        masks: Sequence[Any],
+        entries: Sequence[Any],
+        loop: LoopConfig,
+        loops: bool,
+    ) -> mx.array:
+        """What is iterated as one: the whole window, or in layer scope one of its layers."""
+        if loops and loop.routing == "frozen" and self.moe is not None:
+            layers = [with_frozen_routing(layer, self.moe) for layer in layers]
+        kv = [policy(loop.cache, entry, h.shape[1]) for entry in entries]
+        g = _Window(layers, masks, kv)
+        h = integrate(g, h, loop) if loops else g(h)
+        if loops and loop.cache == "last" and entries[0] is not None:
+            # MLX is lazy: of this pass only keys and values are read, so of the last layer
+            # nothing else is computed.
+            g(h)
+        for entry in kv:
+            entry.close()
         return h
 
     # --- Caches ---
@@ -215,13 +236,6 @@ class _Window:
                 x = between(i, x)
         self._evaluation += 1
         return x
-
-
-def _given(*args: Any) -> tuple:
-    """The arguments without trailing Nones: not every mlx-lm model takes embeddings."""
-    while args[-1] is None:
-        args = args[:-1]
-    return args
 
 
 def layer_passes(loop: LoopConfig | None, num_layers: int) -> int:

@@ -299,11 +299,6 @@ def generation_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> di
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
-    if args.kv_bits is not None and args.max_kv_size is not None:
-        raise UserError(
-            "--kv-bits does not work with --max-kv-size: mlx-lm cannot quantise a "
-            "rotating cache; leave one out"
-        )
     if args.seed is not None:
         mx.random.seed(args.seed)
     return {

@@ -118,7 +118,7 @@ def test_a_seed_makes_sampling_repeatable(capsys):
         (["--decode", "some"], "bypass"),
         (["--integrator", "aitken", "--loops", "3"], "even"),
         (["--max-kv-size", "8"], "--max-kv-size"),
-        (["--max-kv-size", "64", "--kv-bits", "8"], "--kv-bits"),
+        (["--max-kv-size", "64", "--kv-bits", "8"], "rotating"),
         (["--max-tokens", "0"], "--max-tokens"),
         (["--temp", "-1"], "--temp"),
         (["--top-p", "1.5"], "--top-p"),

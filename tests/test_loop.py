@@ -44,6 +44,8 @@ def operations(arrays):
 @pytest.mark.parametrize("scope", ["block", "layer"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_one_loop_is_mlx_lm_to_the_bit(any_model, policy, integrator, scope, dtype):
+    if any_model.moe is not None and dtype != mx.float32:
+        pytest.skip("MLX gathers experts on the CPU in float32 only")
     text = tokens(2, 12)
     any_model.set_dtype(dtype)
     one = any_model.with_loop(LoopConfig(loops=1, integrator=integrator, cache=policy, scope=scope))

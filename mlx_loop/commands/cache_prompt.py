@@ -8,8 +8,8 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 from ..conversation import Interrupted
-from ..errors import INTERRUPTED, UserError
-from ..generation import encode, make_prompt_cache
+from ..errors import INTERRUPTED
+from ..generation import check_prompt, encode, make_prompt_cache
 from ..options import load_from
 from ..prompt_cache import save_prompt_cache
 from ..terminal import err, interruptible, prompt_progress
@@ -28,11 +28,8 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         tokens = encode(tokenizer, prompt)
-    if args.max_kv_size is not None and len(tokens) > args.max_kv_size:
-        raise UserError(
-            f"the prompt has {len(tokens)} tokens, --max-kv-size {args.max_kv_size} less"
-        )
     cache = make_prompt_cache(model, args.max_kv_size)
+    check_prompt(model, tokens, cache, args.max_kv_size, args.kv_bits)
     with interruptible() as stop, prompt_progress(args.prefill_step_size, stop) as progress:
         steps = generate_step(
             mx.array(tokens),

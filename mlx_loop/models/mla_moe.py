@@ -34,5 +34,6 @@ class DeepseekV2(Looped, deepseek_v2.Model):
 class DeepseekV3(Looped, deepseek_v3.Model):
     family = "mla_moe"
     args_class = deepseek_v3.ModelArgs
+    quantised_cache = False
     moe = MoEBlock(_from_gate, shared=_shared_experts)
     masks = staticmethod(partial(same_for_all, return_array=True))

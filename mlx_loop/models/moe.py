@@ -60,6 +60,8 @@ class Olmoe(Looped, olmoe.Model):
 class GptOss(Looped, gpt_oss.Model):
     family = "moe"
     args_class = gpt_oss.ModelArgs
+    # mlx-lm's quantised attention knows no attention sinks.
+    quantised_cache = False
     moe = MoEBlock(_choose_then_softmax, gate="router", experts="experts")
 
     def masks(self, h: mx.array, caches: Sequence[Any]) -> Sequence[Any]:
