@@ -16,7 +16,8 @@ from .errors import UserError
 from .files import whole_file
 from .loop import Looped
 
-_LOOP, _MODEL = "mlx_loop.loop", "mlx_loop.model"
+# Where the file's metadata says what it was made with.
+_KEY = "mlx_loop"
 
 
 def save_prompt_cache(
@@ -36,9 +37,9 @@ def save_prompt_cache(
     """
     if any(entry.empty() for entry in cache):
         raise UserError("the cache is empty: feed it a prompt before it is saved")
-    known = {_LOOP: json.dumps(_settings(model.loop)), _MODEL: _fingerprint(model)}
+    made_with = json.dumps({"model": _fingerprint(model), "loop": _settings(model.loop)})
     with whole_file(Path(path), overwrite=True) as file:
-        mlx_lm_save(str(file), list(cache), {**(metadata or {}), **known})
+        mlx_lm_save(str(file), list(cache), {**(metadata or {}), _KEY: made_with})
 
 
 def load_prompt_cache(path: str | Path, model: Looped) -> tuple[list[Any], dict[str, str]]:
@@ -54,13 +55,14 @@ def load_prompt_cache(path: str | Path, model: Looped) -> tuple[list[Any], dict[
         cache, metadata = mlx_lm_load(str(path), return_metadata=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a whole prompt-cache file: {error}") from error
-    if metadata.pop(_MODEL, None) != _fingerprint(model):
-        raise UserError(f"{path} was made with another model")
-    made_with = json.loads(metadata.pop(_LOOP))
-    if made_with != _settings(model.loop):
+    made_with = json.loads(metadata.pop(_KEY, "{}"))
+    if made_with.get("model") != _fingerprint(model):
+        raise UserError(f"{path} was made with another model, or not by mlx_loop")
+    if made_with["loop"] != _settings(model.loop):
+        difference = _difference(made_with["loop"], model.loop)
         raise UserError(
-            f"{path} was made with other loop settings ({_difference(made_with, model.loop)}); "
-            "use those, or make the cache again"
+            f"{path} was made with other loop settings ({difference}): use those, or make the "
+            "cache again"
         )
     return cache, metadata
 
