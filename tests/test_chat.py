@@ -27,19 +27,27 @@ def screen(tmp_path):
     child = pexpect.spawn(
         CHAT[0],
         CHAT[1:],
-        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "TERM": "xterm", "NO_COLOR": "1"},
+        env={
+            "HOME": str(tmp_path),
+            "PATH": "/usr/bin:/bin",
+            "TERM": "xterm",
+            "NO_COLOR": "1",
+            "PROMPT_TOOLKIT_NO_CPR": "1",
+        },
         dimensions=(30, 100),
         encoding="utf-8",
         timeout=60,
     )
     child.expect("Ctrl-D leaves")
+    child.expect("> ")
     yield child
     child.close(force=True)
 
 
 def send(screen, line, *expected):
+    """Types a line, waits for what must appear, then for the next prompt."""
     screen.send(line + "\r")
-    for text in expected:
+    for text in (*expected, "\n[^\n]*> "):
         screen.expect(text)
 
 
@@ -85,10 +93,10 @@ def test_the_screen(screen, tmp_path):
     send(screen, "/window 3:7", r"\[3,7\)")
     send(screen, "/window 30:40", "12 layers")
     send(screen, "/loop off", "loop off")
-    send(screen, "What is 12 + 30?", "42", "no loop")
+    send(screen, "What is 12 + 30?", "tokens/s", "no loop")
     send(screen, "/loop on", "6 loops")
     send(screen, "/nonsense", "/help lists")
-    send(screen, "/info", "layers", "messages", "tokens")
+    send(screen, "/info", "layers", "messages", "cache")
     send(screen, "/help", "/window", "/save", "Alt-Enter")
     send(screen, f"/save {tmp_path}/talk.json", "4 messages saved")
     send(screen, f"/save {tmp_path}/talk.json", "exists already")
@@ -102,10 +110,10 @@ def test_the_screen(screen, tmp_path):
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_session(screen):
     screen.send("Tell me a story.\r")
-    screen.expect("> Tell me a story.")
+    screen.expect("Once upon")
     screen.sendintr()
     screen.expect("stopped|tokens/s")
-    send(screen, "What is 12 + 30?", "42", "tokens/s")
+    send(screen, "What is 12 + 30?", "tokens/s")
 
 
 def test_ctrl_c_at_the_prompt_keeps_the_session(screen):

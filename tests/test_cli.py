@@ -85,13 +85,20 @@ def test_json_holds_the_answer_its_cost_and_the_whole_configuration():
         ["--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "0"],
         ["--max-kv-size", "64"],
         ["--temp", "0.7", "--top-p", "0.9", "--seed", "1"],
-        ["--ignore-chat-template"],
         ["--draft-model", "demo", "--cache", "own"],
     ],
 )
 def test_options(options, capsys):
     assert main(["generate", *PROMPT, *options, "--max-tokens", "8"]) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_without_the_chat_template_the_prompt_is_taken_literally(capsys):
+    main(["generate", "-p", "hello", "--max-tokens", "8"])
+    templated = capsys.readouterr().out
+    literal = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    main(["generate", "-p", literal, "--ignore-chat-template", "--max-tokens", "8"])
+    assert capsys.readouterr().out == templated
 
 
 def test_a_seed_makes_sampling_repeatable(capsys):

@@ -103,7 +103,7 @@ class Chat:
         if stop.is_set():
             out.print("stopped", style="yellow")
         if response is not None:
-            out.print(numbers(response, self.conversation.model), style="dim")
+            out.print(numbers(response, self.conversation.model), style="dim", soft_wrap=True)
 
     # --- Commands ---
 
