@@ -1,6 +1,7 @@
 """What a loop costs: time per decoded token and peak memory, as ratios to mlx-lm.
 
-    python benchmarks/decode.py                    a random dense model of 1.3 GB in float32
+    python benchmarks/decode.py                    a random dense model, about 1 GB in float32
+    python benchmarks/decode.py --layout moe       a random mixture of experts; also: mla
     python benchmarks/decode.py --model demo       a checkpoint
 
 Both models take the same tokens in turn in one process, so that a busy machine slows both alike;
@@ -16,8 +17,8 @@ import time
 from collections.abc import Callable
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.models import qwen3
 from mlx_lm.models.cache import make_prompt_cache
 from rich.console import Console
 from rich.progress import track
@@ -26,44 +27,88 @@ from rich.table import Table
 import mlx_loop
 from mlx_loop import LoopConfig
 from mlx_loop.loop import Looped, layer_passes
-from mlx_loop.models.dense import Qwen3
+from mlx_loop.models import get_classes
 
-RANDOM = {
-    "model_type": "qwen3",
-    "hidden_size": 1024,
+COMMON = {
     "num_hidden_layers": 24,
-    "intermediate_size": 3072,
     "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
     "rms_norm_eps": 1e-6,
     "vocab_size": 4096,
     "max_position_embeddings": 4096,
     "rope_theta": 1e6,
-    "tie_word_embeddings": True,
+}
+LAYOUTS: dict[str, dict] = {
+    "dense": COMMON
+    | {
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "moe": COMMON
+    | {
+        "model_type": "qwen3_moe",
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 256,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    },
+    "mla": COMMON
+    | {
+        "model_type": "deepseek_v3",
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_key_value_heads": 16,
+        "kv_lora_rank": 128,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "n_routed_experts": 32,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 256,
+        "first_k_dense_replace": 1,
+    },
 }
 SETTINGS = {
     "K = 1": LoopConfig(loops=1),
     "K = 3, first": LoopConfig(loops=3),
     "K = 3, last": LoopConfig(loops=3, cache="last"),
     "K = 3, own": LoopConfig(loops=3, cache="own"),
-    "K = 3, first, layer scope": LoopConfig(loops=3, scope="layer"),
+    "K = 3, block scope": LoopConfig(loops=3, scope="block"),
+    "K = 3, layer scope": LoopConfig(loops=3, scope="layer"),
     "K = 8, first": LoopConfig(loops=8),
-    "K = 2, rk4": LoopConfig(loops=2, integrator="rk4"),
+    "K = 2, rk4": LoopConfig(integrator="rk4", loops=2),
+}
+MOE_SETTINGS = {
+    "K = 8, live routing": LoopConfig(loops=8, routing="live"),
+    "K = 8, frozen routing": LoopConfig(loops=8, routing="frozen"),
 }
 
 
-def random_model() -> Looped:
-    """A dense model with random weights."""
-    model = Qwen3(qwen3.ModelArgs.from_dict(RANDOM))
+def random_model(layout: dict) -> Looped:
+    """A model with random weights."""
+    model_class, args_class = get_classes(layout)
+    model = model_class(args_class.from_dict(layout))
     model.update(tree_map(lambda p: mx.random.normal(p.shape) * 0.02, model.parameters()))
     mx.eval(model.parameters())
+    model.loop = LoopConfig()
     return model
 
 
-def plain_model(looped: Looped) -> qwen3.Model:
+def plain_model(looped: Looped) -> nn.Module:
     """mlx-lm's own model on the same arrays."""
-    plain = qwen3.Model(looped.args)
+    plain = type(looped).__bases__[1](looped.args)
     plain.update(looped.parameters())
     return plain
 
@@ -107,20 +152,25 @@ def peak_memory(model: Looped, prompt: mx.array) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a checkpoint (qwen3); default: random weights")
+    parser.add_argument("--layout", choices=LAYOUTS, default="dense", help="of a random model")
+    parser.add_argument("--model", help="a checkpoint instead of random weights")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=40, help="tokens measured with each model")
     args = parser.parse_args()
 
-    model = random_model() if args.model is None else mlx_loop.load_model(args.model, loop=None)
+    if args.model is None:
+        model = random_model(LAYOUTS[args.layout])
+    else:
+        model = mlx_loop.load_model(args.model)
     plain = plain_model(model)
     layers = len(model.layers)
     prompt = mx.random.randint(2, 400, (1, args.prompt_tokens), key=mx.random.key(0))
     base_peak, base_cache = peak_memory(model.with_loop(None), prompt)
 
     columns = ("settings", "layer passes", "ratio of passes", "ratio of time", "factor", "peak")
-    table = Table(*columns, title=f"decode against mlx-lm, {layers} layers, {mx.default_device()}")
-    for name, settings in track(SETTINGS.items(), description="measuring", transient=True):
+    table = Table(*columns, title=f"decode against mlx-lm, {model.model_type}, {layers} layers")
+    chosen = SETTINGS | (MOE_SETTINGS if model.moe is not None else {})
+    for name, settings in track(chosen.items(), description="measuring", transient=True):
         looped = model.with_loop(settings)
         passes = layer_passes(looped.loop, layers)
         ratio = median_ratio(looped, plain, prompt, args.pairs)

@@ -18,7 +18,8 @@ from .loop import Looped
 from .models import get_classes
 
 # Checkpoints inside the package, by the names under which `load` knows them.
-DEMOS = {"demo": Path(__file__).parent / "demo" / "dense"}
+_DEMO = Path(__file__).parent / "demo"
+DEMOS = {"demo": _DEMO / "dense", "demo-moe": _DEMO / "moe", "demo-mla": _DEMO / "mla"}
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
