@@ -552,9 +552,11 @@ def draw_training(path: Path, log: list[dict]) -> None:
     left.set(xlabel="step", ylabel="nats a token", yscale="log")
     left.legend()
     tests = [line for line in log if "accuracy" in line]
+    right.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)
     for skill in tests[-1]["accuracy"] if tests else ():
-        shares = [100 * line["accuracy"][skill] for line in tests]
-        right.plot([line["step"] for line in tests], shares, label=skill, linewidth=1)
+        tested = [line for line in tests if skill in line["accuracy"]]  # later rounds may add one
+        shares = [100 * line["accuracy"][skill] for line in tested]
+        right.plot([line["step"] for line in tested], shares, label=skill, linewidth=1)
     right.set(xlabel="step", ylabel="right answers, %", ylim=(0, 101))
     right.legend(fontsize=6, loc="lower right")
     figure.tight_layout()
