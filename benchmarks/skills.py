@@ -32,6 +32,7 @@ from mlx_loop.loop import Looped, layer_passes
 QUESTIONS = Path(mlx_loop.__file__).parent / "demo" / "questions.jsonl"
 LOOPS = (2, 4, 8)
 CURVES = ("naive", "euler", "anchored")  # integrators of the plot
+BY_SKILL = ("un-looped", *(f"{integrator}, K = 4" for integrator in CURVES))
 
 
 def settings_for(model: Looped) -> dict[str, LoopConfig | None]:
@@ -163,7 +164,7 @@ def main() -> None:
         overall.append([name, f"{passes / layers:.2f}", share(right), difference])
     names = list(dict.fromkeys(skills.tolist()))
     for skill in names:
-        by_skill.append([skill, *(share(right[skills == skill]) for right in results.values())])
+        by_skill.append([skill, *(share(results[name][skills == skill]) for name in BY_SKILL)])
     preset = model.loop
     print(
         f"`{args.model}`, {len(questions)} held-out questions, {os.cpu_count()}-core "
@@ -171,7 +172,7 @@ def main() -> None:
     )
     print(markdown(["settings", "passes", "right, %", "against un-looped, points"], overall))
     print("\nBy skill, % right:\n")
-    print(markdown(["skill", *results], by_skill))
+    print(markdown(["skill", *BY_SKILL], by_skill))
     if args.plot:
         draw(args.plot, results, f"{args.model}: {len(questions)} held-out questions")
 

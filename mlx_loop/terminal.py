@@ -95,7 +95,7 @@ def numbers(response: GenerationResponse, model: Looped) -> str:
         f"{response.generation_tokens} tokens",
         f"{response.generation_tps:.1f} tokens/s",
         f"prompt {response.prompt_tokens} tokens, {response.prompt_tps:.0f}/s",
-        f"loop {describe(model.loop)}" if not model.is_unlooped else "no loop",
+        "no loop" if model.is_unlooped else describe(model.loop),
     ]
     if not model.is_unlooped:
         parts.append(extra_cost(model))

@@ -103,7 +103,8 @@ class Chat:
         if stop.is_set():
             out.print("stopped", style="yellow")
         if response is not None:
-            out.print(numbers(response, self.conversation.model), style="dim", soft_wrap=True)
+            line = numbers(response, self.conversation.model)
+            out.print(line, style="dim", soft_wrap=not out.is_terminal)
 
     # --- Commands ---
 
