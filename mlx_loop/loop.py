@@ -18,9 +18,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .cache import check as check_cache
-from .cache import histories, own_entries, plain_entries, policy, position
+from .cache import Uncached, histories, own_entries, plain_entries, policy, position
 from .config import LoopConfig
 from .errors import UserError
+from .guard import Count, integrate_guarded
 from .integrators import Between, integrate, is_natural, passes
 from .phase import announce, prompt_end
 from .presets import resolve
@@ -53,6 +54,7 @@ class Looped(nn.Module):
 
     _loop: LoopConfig | None = None
     _prompt_end: int | None = None
+    _firings: Count | None = None
 
     # --- Settings ---
 
@@ -66,6 +68,7 @@ class Looped(nn.Module):
         if loop is not None:
             loop = resolve(loop, self.model_type, self.family, len(self.layers))
         self._loop = loop
+        self._firings = None if loop is None or loop.guard is None else Count()
 
     def with_loop(self, loop: LoopConfig | None) -> Looped:
         """Another view on the same weights, with loop settings of its own. Copies no array."""
@@ -77,6 +80,14 @@ class Looped(nn.Module):
     def is_unlooped(self) -> bool:
         """Whether the settings amount to the plain model: none, K = 1, or `anchored` at beta 1."""
         return self._loop is None or is_natural(self._loop)
+
+    def take_firings(self) -> tuple[int, int]:
+        """How often the guard fired: (firings, tokens times loops), since the last call.
+
+        Counted are calls with a cache, that is generation, of this view and those that
+        `for_prompt` made of it. In layer scope each layer is a loop. (0, 0) without a guard.
+        """
+        return (0, 0) if self._firings is None else self._firings.take()
 
     # --- Where the prompt ends ---
 
@@ -184,7 +195,7 @@ class Looped(nn.Module):
             layers = [with_frozen_routing(layer, self.moe) for layer in layers]
         kv = [policy(loop.cache, entry, h.shape[1]) for entry in entries]
         g = _Window(layers, masks, kv)
-        h = integrate(g, h, loop) if loops else g(h)
+        h = self._integrate(g, h, loop) if loops else g(h)
         if loops and loop.cache == "last" and entries[0] is not None:
             # MLX is lazy: of this pass only keys and values are read, so of the last layer
             # nothing else is computed.
@@ -192,6 +203,13 @@ class Looped(nn.Module):
         for entry in kv:
             entry.close()
         return h
+
+    def _integrate(self, g: _Window, x0: mx.array, loop: LoopConfig) -> mx.array:
+        if loop.guard is None:
+            return integrate(g, x0, loop)
+        out, fired = integrate_guarded(g, x0, loop, loop.guard)
+        # Without a cache this may be training, and nothing may leave a compiled function.
+        return out if self._firings is None or not g.cached else self._firings.add(fired, out)
 
     # --- Caches ---
 
@@ -227,6 +245,7 @@ class _Window:
 
     def __init__(self, layers: Sequence[Any], masks: Sequence[Any], kv: Sequence[Any]):
         self._blocks = list(zip(layers, masks, kv, strict=True))
+        self.cached = not isinstance(kv[0], Uncached)
         self._evaluation = 0
 
     def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .config import CHOICES, INTEGRATORS, LoopConfig
+from .config import CHOICES, INTEGRATORS, Guard, LoopConfig
 from .errors import UserError
 from .presets import RECIPES
 
@@ -63,6 +63,16 @@ def _floats(text: str) -> tuple[float, ...]:
 
 def _alpha(text: str) -> float | tuple[float, ...]:
     return _floats(text) if "," in text else float(text)
+
+
+def _guard(text: str) -> Guard | None:
+    if text in ("on", "off"):
+        return Guard() if text == "on" else None
+    growth, _, band = text.partition(",")
+    if not band:
+        return Guard(float(growth))
+    low, high = band.split(":")
+    return Guard(float(growth), (float(low), float(high)))
 
 
 def _choice(field: str, help_text: str, metavar: str = "") -> Setting:
@@ -124,6 +134,13 @@ SETTINGS: dict[str, Setting] = {
         "loops + 1 numbers with commas between",
         "W,W,...",
         "poly_blend: weights of x, g(x), g(g(x)), ...",
+    ),
+    "guard": Setting(
+        _guard,
+        "on, off, a growth (1.5), or growth,low:high (1.5,0.8:1.2)",
+        "{on,off,GROWTH,LOW:HIGH}",
+        "take the plain pass where a token's loop goes astray: its residual grows by more than "
+        "GROWTH, or its norm leaves LOW to HIGH times the plain pass's (on: 1.5,0.8:1.2)",
     ),
 }
 

@@ -115,6 +115,9 @@ def _report(
         "text": text,
         "finish_reason": "interrupted" if interrupted else None,
     }
+    if model.loop is not None and model.loop.guard is not None:
+        fired, loops = model.take_firings()
+        report["guard"] = {"fired": fired, "loops": loops}
     if response is not None:
         report |= {
             "finish_reason": report["finish_reason"] or response.finish_reason,
