@@ -7,6 +7,7 @@ somebody reads it, so decoding never waits.
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -35,6 +36,9 @@ def integrate_guarded(
 class Count:
     """How often a guard fired, summed on the device."""
 
+    _fired: mx.array
+    _loops: int
+
     def __init__(self) -> None:
         self._start()
 
@@ -62,8 +66,8 @@ class _Ends:
 
     def __init__(self, g: Window):
         self._g = g
-        self.first: mx.array | None = None
-        self.last: tuple[mx.array, mx.array]
+        self.first: Any = None
+        self.last: Any = None
 
     def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:
         gx = self._g(x, between)

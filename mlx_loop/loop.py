@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import check as check_cache
 from .cache import Uncached, histories, own_entries, plain_entries, policy, position
+from .cache import check as check_cache
 from .config import LoopConfig
 from .errors import UserError
 from .guard import Count, integrate_guarded
@@ -145,8 +145,7 @@ class Looped(nn.Module):
         # The tokens that loop come first and cannot see the others, so they go first.
         parts = [(h[:, :looped], True), (h[:, looped:], False)]
         outs = [self._walk(x, cache, loop, loops) for x, loops in parts if x.shape[1]]
-        h = self.model.norm(outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1))
-        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
+        return self._logits(outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1))
 
     def masks(self, h: mx.array, caches: Sequence[Any]) -> Sequence[Any]:
         """The attention mask of each layer, as mlx-lm's own model makes it.
@@ -158,28 +157,44 @@ class Looped(nn.Module):
         raise NotImplementedError
 
     def _walk(
-        self, h: mx.array, cache: Sequence[Any] | None, loop: LoopConfig | None, loops: bool
+        self,
+        h: mx.array,
+        cache: Sequence[Any] | None,
+        loop: LoopConfig | None,
+        loops: bool,
+        part: range | None = None,
+        masks: Sequence[Any] | None = None,
     ) -> mx.array:
-        """All layers, (batch, length, hidden) -> the same.
+        """Layers in order, (batch, length, hidden) -> the same.
 
         Args:
             loop: None: there is no window.
             loops: whether these tokens loop, or pass the window once.
+            part: the layers, which hold the whole window; None: all.
+            masks: of all layers; None: they are made.
         """
         layers = self.layers
+        part = range(len(layers)) if part is None else part
         entries = [None] * len(layers) if cache is None else cache
-        masks = self.masks(h, [entry and histories(entry)[0] for entry in entries])
-        window = range(0) if loop is None else loop.layers
-        for i in range(window.start):
+        masks = self._masks(h, entries) if masks is None else masks
+        window = part[:0] if loop is None else loop.layers
+        for i in range(part.start, window.start):
             h = layers[i](h, masks[i], entries[i])
         if loop is not None:
             size = len(window) if loop.scope == "block" else 1
             for i in window[::size]:
-                part = slice(i, i + size)
-                h = self._window(h, layers[part], masks[part], entries[part], loop, loops)
-        for i in range(window.stop, len(layers)):
+                inside = slice(i, i + size)
+                h = self._window(h, layers[inside], masks[inside], entries[inside], loop, loops)
+        for i in range(window.stop, part.stop):
             h = layers[i](h, masks[i], entries[i])
         return h
+
+    def _masks(self, h: mx.array, entries: Sequence[Any]) -> Sequence[Any]:
+        return self.masks(h, [entry and histories(entry)[0] for entry in entries])
+
+    def _logits(self, h: mx.array) -> mx.array:
+        h = self.model.norm(h)
+        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
 
     def _window(
         self,
