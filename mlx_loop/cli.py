@@ -15,6 +15,7 @@ from .options import (
     add_cache_options,
     add_loop_options,
     add_model_options,
+    add_prefill_option,
     add_sampling_options,
     positive,
 )
@@ -70,6 +71,27 @@ def _cache_prompt(parser: argparse.ArgumentParser) -> None:
     add_cache_options(parser)
 
 
+def _compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt", "-p", metavar="TEXT", help="answer this and leave; - reads standard input"
+    )
+    parser.add_argument(
+        "--setting",
+        action="append",
+        default=[],
+        metavar="FIELDS",
+        help='one more setting to compare, as "loops=6 beta=0.3"; may be given several times',
+    )
+    parser.add_argument(
+        "--ignore-chat-template", action="store_true", help="give the prompt to the model as it is"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    add_model_options(parser)
+    add_loop_options(parser, several=True)
+    add_sampling_options(parser, max_tokens=256)
+    add_prefill_option(parser)
+
+
 COMMANDS = {
     "chat": (
         _chat,
@@ -87,6 +109,16 @@ In the chat, /help lists what can be changed while it runs.""",
         """examples:
   mlx_loop generate --prompt "What is 12 + 30?"
   echo "What is 12 + 30?" | mlx_loop generate --loops 6 --json""",
+    ),
+    "compare": (
+        _compare,
+        "see what several loop settings make of a prompt, side by side",
+        """examples:
+  mlx_loop compare                                  interactive: no loop, 2, 3 and 6 loops
+  mlx_loop compare --integrator naive,euler,anchored --loops 4
+  mlx_loop compare --setting "loops=3 cache=own" --setting "loops=2 integrator=rk4"
+  mlx_loop compare --prompt "What is 12 + 30?" --loops 1,3,6 --json
+The un-looped model is always among them. In the session, /help lists what can be changed.""",
     ),
     "cache_prompt": (
         _cache_prompt,

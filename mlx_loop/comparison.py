@@ -49,14 +49,14 @@ class Answer:
     """What one setting has said so far.
 
     Args:
-        loop: complete settings; None: the un-looped model.
+        view: the model with this setting.
         tokens: generated; the last one may end the answer and stand for no text.
         starts: for each token, how long the text was before it.
         departs: number of the first token that is not the un-looped answer's; None: none yet.
         firings: as `Looped.take_firings`.
     """
 
-    loop: LoopConfig | None
+    view: Looped
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
@@ -66,6 +66,11 @@ class Answer:
     firings: tuple[int, int] = (0, 0)
     _seconds: float = 0.0
     _timed: int = 0
+
+    @property
+    def loop(self) -> LoopConfig | None:
+        """Complete settings; None: the un-looped model."""
+        return self.view.loop
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -102,7 +107,7 @@ def distinct(model: Looped, settings: Sequence[LoopConfig | None]) -> list[Loope
     Raises:
         UserError: settings that do not fit the model.
     """
-    views = {None: model.with_loop(None)}
+    views: dict[LoopConfig | None, Looped] = {None: model.with_loop(None)}
     for loop in settings:
         view = model.with_loop(loop)
         if not view.is_unlooped:
@@ -192,8 +197,8 @@ def compare(
     """
     caches = [view.new_cache() for view in views]
     check_prompt(views[0], prompt, caches[0])
-    answers = [Answer(view.loop) for view in views]
-    with wired_limit(views[0], [generation_stream]):
+    answers = [Answer(view) for view in views]
+    with wired_limit(views[0], [generation_stream]):  # type: ignore[list-item]
         _prefill(views, caches, prompt, prefill_step_size, progress or (lambda done, total: None))
         # A rotating cache cannot be cut back once it is full, but it is small.
         kept = [copy.deepcopy(cache) if _rotates(cache) else None for cache in caches]
@@ -233,7 +238,7 @@ def _prefill(
     for start in range(0, len(prompt) - 1, step):
         chunk = prompt[start : min(start + step, len(prompt) - 1)]
         with mx.stream(generation_stream):
-            forward(views, mx.array(chunk)[None], caches)
+            forward(views, mx.array(list(chunk))[None], caches)
             mx.eval([entry.state for cache in caches for entry in cache])
             mx.clear_cache()
         progress(start + len(chunk), len(prompt))
@@ -280,9 +285,13 @@ def _measure(
 ) -> None:
     """Read the un-looped answer under every setting, in a few chunks."""
     rows: list[list[tuple[mx.array, mx.array]]] = [[] for _ in views]
-    views = [view.for_prompt(cache, 1) for view, cache in zip(views, caches, strict=True)]
+    # Views of their own: what their guards do is not part of an answer.
+    views = [
+        view.with_loop(view.loop).for_prompt(cache, 1)
+        for view, cache in zip(views, caches, strict=True)
+    ]
     for start in range(0, len(tokens), CHUNK):
-        chunk = mx.array(tokens[start : start + CHUNK])[None]
+        chunk = mx.array(list(tokens[start : start + CHUNK]))[None]
         base = views[0](chunk, cache=caches[0])
         for row, view, cache in zip(rows, views, caches, strict=True):
             logits = base if view.is_unlooped else view(chunk, cache=cache)
@@ -290,7 +299,7 @@ def _measure(
             row.append((kl(base, logits)[0], agrees[0]))
             mx.eval(row)
     for row, answer in zip(rows, answers, strict=True):
-        kls, agreements = (mx.concatenate(parts) for parts in zip(*row, strict=True))
+        kls, agreements = (mx.concatenate(list(parts)) for parts in zip(*row, strict=True))
         answer.measures = Measures(
             float(kls[0]), float(mx.mean(kls)), float(mx.mean(agreements.astype(mx.float32)))
         )

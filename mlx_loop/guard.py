@@ -30,7 +30,8 @@ def integrate_guarded(
     """
     ends = _Ends(g)
     out = integrate(ends, x0, config)
-    return _guarded(_squares(guard), out, ends.first, *ends.last, x0)
+    x, gx = ends.last
+    return _guarded(_squares(guard), out, ends.first, x, gx, x0)
 
 
 class Count:
@@ -53,7 +54,7 @@ class Count:
 
     def take(self) -> tuple[int, int]:
         """(firings, tokens times loops), since the last call. It waits for the device."""
-        counts = int(self._fired.item()), self._loops
+        counts = int(self._fired), self._loops
         self._start()
         return counts
 
