@@ -17,6 +17,7 @@ from .options import (
     add_model_options,
     add_prefill_option,
     add_sampling_options,
+    add_template_options,
     positive,
 )
 
@@ -24,6 +25,15 @@ from .options import (
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt", "-p", metavar="TEXT", help="the prompt; - or nothing reads standard input"
+    )
+    parser.add_argument(
+        "--ignore-chat-template", action="store_true", help="give the prompt to the model as it is"
+    )
 
 
 def _chat(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +44,7 @@ def _chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prompt", "-p", metavar="TEXT", help="the prompt; - or nothing reads standard input"
-    )
-    parser.add_argument(
-        "--ignore-chat-template", action="store_true", help="give the prompt to the model as it is"
-    )
+    _add_prompt_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--prompt-cache-file", metavar="FILE", help="go on from what `mlx_loop cache_prompt` saved"
@@ -92,6 +97,20 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     add_prefill_option(parser)
 
 
+def _trace(parser: argparse.ArgumentParser) -> None:
+    _add_prompt_options(parser)
+    parser.add_argument("--tokens", action="store_true", help="show a line for each token too")
+    parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw them: FILE.png, and FILE-dark.png for dark pages",
+    )
+    add_template_options(parser)
+    add_model_options(parser)
+    add_loop_options(parser)
+
+
 COMMANDS = {
     "chat": (
         _chat,
@@ -119,6 +138,15 @@ In the chat, /help lists what can be changed while it runs.""",
   mlx_loop compare --setting "loops=3 cache=own" --setting "loops=2 integrator=rk4"
   mlx_loop compare --prompt "What is 12 + 30?" --loops 1,3,6 --json
 The un-looped model is always among them. In the session, /help lists what can be changed.""",
+    ),
+    "trace": (
+        _trace,
+        "look inside a loop: does it converge, drift or diverge?",
+        """examples:
+  mlx_loop trace --prompt "What is 12 + 30?"
+  mlx_loop trace --prompt "What is 12 + 30?" --integrator naive --loops 8 --plot trace.png
+  mlx_loop trace --prompt - --tokens < question.txt
+docs/trace.md says what each number means.""",
     ),
     "cache_prompt": (
         _cache_prompt,

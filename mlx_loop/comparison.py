@@ -27,6 +27,8 @@ from .loop import Looped
 
 # Tokens of which the logits of two settings are compared at a time: it bounds the memory.
 CHUNK = 64
+# Fewer timed tokens than these make no average.
+ENOUGH_TIMES = 16
 
 
 @dataclass
@@ -76,6 +78,13 @@ class Answer:
     def tokens_per_second(self) -> float | None:
         """Of this setting by itself, the first token left out; None before there is a second."""
         return self._timed / self._seconds if self._seconds else None
+
+    def extra_time(self, base: Answer) -> float | None:
+        """Time of a token over `base`'s, less 1; None where too few tokens were timed."""
+        speed, plain = self.tokens_per_second, base.tokens_per_second
+        if not speed or not plain or min(self._timed, base._timed) < ENOUGH_TIMES:
+            return None
+        return plain / speed - 1
 
     def say(self, response: GenerationResponse) -> None:
         """Take the next token in."""

@@ -52,12 +52,12 @@ def _name(field: str, value: object) -> str:
 
 def notes(answer: Answer, base: Answer) -> list[str]:
     """The numbers under an answer, in a few short lines; `base` is the un-looped one."""
-    speed, plain = answer.tokens_per_second, base.tokens_per_second
+    speed, extra_time = answer.tokens_per_second, answer.extra_time(base)
     lines = [] if speed is None else [f"{speed:.1f} tokens/s"]
     if answer.loop is not None:
         lines.append(extra_cost(answer.view))
-        if speed is not None and plain is not None:
-            lines.append(f"{plain / speed - 1:+.0%} time per token")
+        if extra_time is not None:
+            lines.append(f"{extra_time:+.0%} time per token")
         if answer.measures is not None:
             measures = answer.measures
             lines.append(f"KL {measures.first_kl:.2g} first, {measures.mean_kl:.2g} mean")

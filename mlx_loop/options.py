@@ -297,8 +297,13 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
         help="sample from the K likeliest tokens",
     )
     group.add_argument("--seed", type=from_zero, help="of the random numbers")
-    group.add_argument("--system-prompt", metavar="TEXT", help="the system message")
-    group.add_argument(
+    add_template_options(group)
+
+
+def add_template_options(parser: argparse._ActionsContainer) -> None:
+    """What the chat template is given besides the prompt."""
+    parser.add_argument("--system-prompt", metavar="TEXT", help="the system message")
+    parser.add_argument(
         "--chat-template-config",
         type=_json_object,
         default={},

@@ -183,16 +183,15 @@ class Session:
 
     def _answer_report(self, answer: Answer, base: Answer) -> dict[str, Any]:
         passes, layers = layer_passes(answer.loop, len(self.model.layers)), len(self.model.layers)
-        speed, plain = answer.tokens_per_second, base.tokens_per_second
         return {
             "loop": None if answer.loop is None else answer.loop.to_dict(),
             "text": answer.text,
             "finish_reason": answer.finish_reason or "interrupted",
             "generation_tokens": len(answer.tokens),
-            "generation_tps": speed,
+            "generation_tps": answer.tokens_per_second,
             "layers": layers,
             "layer_passes": passes,
-            "extra_time": plain / speed - 1 if speed and plain else None,
+            "extra_time": answer.extra_time(base),
             "departs_at_token": answer.departs,
             **(asdict(answer.measures) if answer.measures else {}),
             "guard": {"fired": answer.firings[0], "loops": answer.firings[1]}
