@@ -111,6 +111,48 @@ def _trace(parser: argparse.ArgumentParser) -> None:
     add_loop_options(parser)
 
 
+def _sweep(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument(
+        "--task",
+        metavar="FILE",
+        help='questions, one JSON object a line with "messages" and "answer"; demo: those that '
+        "ship with mlx_loop",
+    )
+    data.add_argument("--text", metavar="FILE", help="a text: loss and KL instead of answers")
+    parser.add_argument(
+        "--out",
+        default="sweep.jsonl",
+        metavar="FILE",
+        help="where results are appended; what it holds is not done again (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="N items, evenly spread; default: all"
+    )
+    parser.add_argument("--best", action="store_true", help="print the LoopConfig to use")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw them: FILE.png, and FILE-dark.png for dark pages"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        "-m",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="the most tokens of an answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="questions that are answered at a time (default: %(default)s)",
+    )
+    add_model_options(parser)
+    add_loop_options(parser, several=True)
+    add_template_options(parser)
+
+
 COMMANDS = {
     "chat": (
         _chat,
@@ -147,6 +189,15 @@ The un-looped model is always among them. In the session, /help lists what can b
   mlx_loop trace --prompt "What is 12 + 30?" --integrator naive --loops 8 --plot trace.png
   mlx_loop trace --prompt - --tokens < question.txt
 docs/trace.md says what each number means.""",
+    ),
+    "sweep": (
+        _sweep,
+        "try many loop settings on a task or a text",
+        """examples:
+  mlx_loop sweep --task demo --limit 200 --plot sweep.png
+  mlx_loop sweep --task mine.jsonl --window 3:7,4:8,5:9 --loops 2,4,8 --integrator euler,anchored
+  mlx_loop sweep --text book.txt --loops 2,3,4 --best
+Ctrl-C stops after the results at hand are written; the same command goes on from there.""",
     ),
     "cache_prompt": (
         _cache_prompt,

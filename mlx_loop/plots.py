@@ -56,7 +56,7 @@ def _settings(theme: dict[str, str]) -> Any:
         "axes.facecolor": theme["axes.facecolor"],
         "legend.facecolor": theme["axes.facecolor"],
         "axes.grid": True,
-        "grid.alpha": 0.2,
+        "grid.alpha": 0.15,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "font.size": 9,

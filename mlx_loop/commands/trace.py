@@ -140,7 +140,9 @@ def _number(value: float) -> str:
 
 
 def draw(pyplot: Any, traced: Trace) -> Any:
-    """Residual, contraction, norm and lens KL over the passes: median and middle 80 % of tokens."""
+    """Residual, contraction, norm and lens KL over the passes: the median token, and of a
+    single loop the middle 80 %.
+    """
     figure, axes = pyplot.subplots(2, 2, figsize=(8, 5.6), layout="constrained")
     panels = {
         "residual |g(x) - x| / |x|": lambda loop: [p.residual for p in loop.passes],
@@ -150,7 +152,7 @@ def draw(pyplot: Any, traced: Trace) -> Any:
     }
     for axis, (title, values) in zip(axes.flat, panels.items(), strict=True):
         for loop in traced.loops:
-            _line(axis, values(loop), _where(loop))
+            _line(axis, values(loop), _where(loop), len(traced.loops) == 1)
         passes = len(traced.loops[0].passes)
         axis.set_title(title)
         axis.set_xticks(range(1, passes + 2), [*map(str, range(1, passes + 1)), "result"])
@@ -169,7 +171,7 @@ def _states(loop: Loop) -> list[State]:
     return [*(one.before for one in loop.passes), loop.result]
 
 
-def _line(axis: Any, values: Sequence[Sequence[float]], label: str) -> None:
+def _line(axis: Any, values: Sequence[Sequence[float]], label: str, band: bool) -> None:
     numbers, bands = [], []
     for number, tokens in enumerate(values, start=1):
         known = [value for value in tokens if math.isfinite(value)]
@@ -180,4 +182,5 @@ def _line(axis: Any, values: Sequence[Sequence[float]], label: str) -> None:
     if numbers:
         lows, medians, highs = zip(*bands, strict=True)
         (line,) = axis.plot(numbers, medians, marker="o", markersize=4, label=label)
-        axis.fill_between(numbers, lows, highs, alpha=0.2, color=line.get_color(), linewidth=0)
+        if band:
+            axis.fill_between(numbers, lows, highs, alpha=0.2, color=line.get_color(), linewidth=0)
