@@ -45,7 +45,7 @@ def mcnemar(differences: Sequence[float]) -> float:
 
 def sign_flips(differences: Sequence[float]) -> float:
     """Two-sided paired permutation test that the mean is 0: exact, or of random sign flips."""
-    if not any(differences):
+    if len(differences) < 2 or not any(differences):
         return 1.0
     test = _stats().permutation_test(
         (differences,),
