@@ -201,7 +201,6 @@ def test_the_screen(tmp_path):
 
 
 def test_trace_prints_a_table_draws_and_judges(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     plot = str(tmp_path / "t.png")
     assert main(["trace", *QUESTION[:2], "--tokens", "--plot", plot]) == 0
     out = capsys.readouterr().out

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from mlx_loop import UserError
-
-pytest.importorskip("scipy")
 from mlx_loop.significance import bootstrap_mean, holm, mcnemar, sign_flips, wilson
 
 

@@ -28,7 +28,6 @@ from mlx_loop.sweep import (
     sweep,
 )
 
-pytest.importorskip("scipy")
 HEADER = {"model": "m"}
 LOOPS = [LoopConfig(loops=2, window=(2, 4)), LoopConfig(loops=3, window=(4, 6))]
 
@@ -206,7 +205,6 @@ def test_the_best_loss_is_the_lowest():
 
 
 def test_the_command_resumes_draws_and_prints_the_best(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     command = ["sweep", "--task", "demo", "--limit", "4", "--loops", "2", "--max-tokens", "6"]
     assert main([*command, "--plot", "sweep.png"]) == 0

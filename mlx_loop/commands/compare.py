@@ -223,7 +223,8 @@ class Session:
         table.add_row("[bold]/quit[/bold]", "leave, as Ctrl-D does")
         fields = ", ".join(f"/{name}" for name in SETTINGS)
         table.add_row("[bold]/FIELD[/bold] A,B,...", f"values to compare, all combined: {fields}")
-        table.add_row("", "[dim]for example /loops 1,3,6 or /window 3:7,4:8; empty: the preset")
+        table.add_row("", "[dim]as /loops 1,3,6 or /window 3:7,4:8; empty: the preset[/dim]")
+        table.add_row("", "[dim]a change answers the last prompt again[/dim]")
         table.add_row("[dim]Alt-Enter[/dim]", "[dim]a new line; so does \\ at the end of one[/dim]")
         out.print(table)
 

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     count = sum(all(results.has(view.loop, i) for view in views) for i in work.items)
     show = err if args.best else out
     show.print(_table(summaries, work))
-    show.print(conclusion(summaries, work.better, count), soft_wrap=True)
+    show.print(conclusion(summaries, work.better, count), soft_wrap=not show.is_terminal)
     if not is_task:
         show.print("A lower loss does not promise better answers.", style="dim")
     if not finished:

@@ -83,10 +83,11 @@ def show(traced: Trace, tokenizer: TokenizerWrapper, tokens: bool) -> None:
     for loop in traced.loops:
         where = f"{_where(loop)}: " if len(traced.loops) > 1 else ""
         colour = COLOURS.get(loop.verdict, "dim")
-        out.print(f"{where}[{colour}]{loop.verdict}[/{colour}]: {loop.reason}", soft_wrap=True)
+        line = f"{where}[{colour}]{loop.verdict}[/{colour}]: {loop.reason}"
+        out.print(line, soft_wrap=not out.is_terminal)
     if len(traced.loops) > 1:
         colour = COLOURS.get(traced.verdict, "dim")
-        out.print(f"in all [{colour}]{traced.verdict}[/{colour}]", soft_wrap=True)
+        out.print(f"in all [{colour}]{traced.verdict}[/{colour}]")
 
 
 def _where(loop: Loop) -> str:
