@@ -53,7 +53,8 @@ def main() -> None:
             right = 0
             for start in range(0, len(task.items), task.batch):
                 batch = task.items[start : start + task.batch]
-                right += sum(row["right"] for _, row in task.rows([view], tokenizer, [batch]))
+                found = next(task.rows([view], tokenizer, [batch]))
+                right += sum(row["right"] for _, row in found)
             low, high = wilson(right, len(task.items))
             share, time = "", ""
             if guard is not None:

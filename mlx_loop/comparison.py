@@ -23,7 +23,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .cache import histories, position
 from .config import LoopConfig
 from .generation import check_prompt, stream_generate
-from .loop import Looped
+from .loop import Looped, forward, part, share
 
 # Tokens of which the logits of two settings are compared at a time: it bounds the memory.
 CHUNK = 64
@@ -124,60 +124,6 @@ def distinct(model: Looped, settings: Sequence[LoopConfig | None]) -> list[Loope
     return list(views.values())
 
 
-def forward(
-    views: Sequence[Looped], tokens: mx.array, caches: Sequence[list[Any]] | None = None
-) -> list[mx.array]:
-    """States of each view after all layers; all tokens loop, as those of a prompt do.
-
-    Args:
-        views: of one model. Layers below a view's window are computed once for all views.
-        tokens: (batch, length), int.
-        caches: one for each view, as `share` left them; None: none.
-
-    Returns:
-        (batch, length, hidden) for each view; `Looped._logits` makes logits of them.
-    """
-    entries: Sequence[Any] = [None] * len(views) if caches is None else caches
-    count, starts = len(views[0].layers), _starts(views)
-    h = views[0].model.embed_tokens(tokens)
-    # Before any layer writes: masks depend on how much a cache holds.
-    masks = [
-        view._masks(h, [None] * count if cache is None else cache)
-        for view, cache in zip(views, entries, strict=True)
-    ]
-    outs, done = {}, 0
-    for i in sorted(range(len(views)), key=starts.__getitem__):
-        if starts[i] > done:
-            h = views[i]._walk(h, entries[i], None, False, range(done, starts[i]), masks[i])
-            done = starts[i]
-        loop = None if views[i].is_unlooped else views[i].loop
-        rest = range(done, count)
-        outs[i] = views[i]._walk(h, entries[i], loop, True, rest, masks[i])
-    return [outs[i] for i in range(len(views))]
-
-
-def share(views: Sequence[Looped], caches: Sequence[list[Any]]) -> None:
-    """Make caches of equal content one below the windows, as `forward` needs them."""
-    starts = _starts(views)
-    deepest = caches[starts.index(max(starts))]
-    for cache, start in zip(caches, starts, strict=True):
-        cache[:start] = deepest[:start]
-
-
-def part(views: Sequence[Looped], caches: Sequence[list[Any]]) -> None:
-    """Undo `share`. The arrays stay shared until one cache writes, and nothing is copied now."""
-    for cache, start in zip(caches, _starts(views), strict=True):
-        cache[:start] = copy.deepcopy(cache[:start])
-
-
-def _starts(views: Sequence[Looped]) -> list[int]:
-    """For each view, how many layers come before its window; all, where nothing loops."""
-    count = len(views[0].layers)
-    return [
-        count if view.is_unlooped or view.loop is None else view.loop.layers.start for view in views
-    ]
-
-
 def compare(
     views: Sequence[Looped],
     tokenizer: TokenizerWrapper,
@@ -270,7 +216,7 @@ def _take_turns(
         for stream, answer in list(running):
             if seed is not None:
                 # Two settings that agree so far draw the same next token.
-                mx.random.seed(seed * 2**32 + turn)
+                mx.random.seed((seed * 2**32 + turn) % 2**64)
             response = next(stream)
             now = time.perf_counter()
             answer.say(response)

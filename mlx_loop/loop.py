@@ -145,7 +145,7 @@ class Looped(nn.Module):
         # The tokens that loop come first and cannot see the others, so they go first.
         parts = [(h[:, :looped], True), (h[:, looped:], False)]
         outs = [self._walk(x, cache, loop, loops) for x, loops in parts if x.shape[1]]
-        return self._logits(outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1))
+        return self.logits(outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1))
 
     def masks(self, h: mx.array, caches: Sequence[Any]) -> Sequence[Any]:
         """The attention mask of each layer, as mlx-lm's own model makes it.
@@ -192,7 +192,8 @@ class Looped(nn.Module):
     def _masks(self, h: mx.array, entries: Sequence[Any]) -> Sequence[Any]:
         return self.masks(h, [entry and histories(entry)[0] for entry in entries])
 
-    def _logits(self, h: mx.array) -> mx.array:
+    def logits(self, h: mx.array) -> mx.array:
+        """States after all layers, (batch, length, hidden) -> logits (batch, length, vocab)."""
         h = self.model.norm(h)
         return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
 
@@ -284,3 +285,60 @@ def layer_passes(loop: LoopConfig | None, num_layers: int) -> int:
     if loop.cache == "last" and loop.scope == "block":
         extra += len(loop.layers) - 1
     return num_layers + extra
+
+
+# --- Several views at once ---
+
+
+def forward(
+    views: Sequence[Looped], tokens: mx.array, caches: Sequence[list[Any]] | None = None
+) -> list[mx.array]:
+    """States of each view after all layers; all tokens loop, as those of a prompt do.
+
+    Args:
+        views: of one model. Layers below a view's window are computed once for all views.
+        tokens: (batch, length), int.
+        caches: one for each view, as `share` left them; None: none.
+
+    Returns:
+        (batch, length, hidden) for each view; `Looped.logits` makes logits of them.
+    """
+    entries: Sequence[Any] = [None] * len(views) if caches is None else caches
+    count, starts = len(views[0].layers), _starts(views)
+    h = views[0].model.embed_tokens(tokens)
+    # Before any layer writes: masks depend on how much a cache holds.
+    masks = [
+        view._masks(h, [None] * count if cache is None else cache)
+        for view, cache in zip(views, entries, strict=True)
+    ]
+    outs, done = {}, 0
+    for i in sorted(range(len(views)), key=starts.__getitem__):
+        if starts[i] > done:
+            h = views[i]._walk(h, entries[i], None, False, range(done, starts[i]), masks[i])
+            done = starts[i]
+        loop = None if views[i].is_unlooped else views[i].loop
+        rest = range(done, count)
+        outs[i] = views[i]._walk(h, entries[i], loop, True, rest, masks[i])
+    return [outs[i] for i in range(len(views))]
+
+
+def share(views: Sequence[Looped], caches: Sequence[list[Any]]) -> None:
+    """Make caches of equal content one below the windows, as `forward` needs them."""
+    starts = _starts(views)
+    deepest = caches[starts.index(max(starts))]
+    for cache, start in zip(caches, starts, strict=True):
+        cache[:start] = deepest[:start]
+
+
+def part(views: Sequence[Looped], caches: Sequence[list[Any]]) -> None:
+    """Undo `share`. The arrays stay shared until one cache writes, and nothing is copied now."""
+    for cache, start in zip(caches, _starts(views), strict=True):
+        cache[:start] = copy.deepcopy(cache[:start])
+
+
+def _starts(views: Sequence[Looped]) -> list[int]:
+    """For each view, how many layers come before its window; all, where nothing loops."""
+    count = len(views[0].layers)
+    return [
+        count if view.is_unlooped or view.loop is None else view.loop.layers.start for view in views
+    ]

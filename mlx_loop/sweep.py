@@ -17,11 +17,11 @@ import mlx.core as mx
 from mlx_lm.generate import batch_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .comparison import CHUNK, forward, kl
+from .comparison import CHUNK, kl
 from .config import LoopConfig
 from .errors import UserError
 from .generation import encode, generate
-from .loop import Looped, layer_passes
+from .loop import Looped, forward, layer_passes
 from .significance import LEVEL, bootstrap_mean, holm, mcnemar, sign_flips, wilson
 
 QUESTIONS = Path(__file__).parent / "demo" / "questions.jsonl"
@@ -29,6 +29,8 @@ QUESTIONS = Path(__file__).parent / "demo" / "questions.jsonl"
 PIECE = 512
 
 Row = dict[str, Any]
+# Results that come at the same time, each with the number of its view.
+Found = list[tuple[int, Row]]
 
 
 # --- What is measured -----------------------------------------------------------------------
@@ -53,8 +55,8 @@ class Task:
 
     def rows(
         self, views: Sequence[Looped], tokenizer: TokenizerWrapper, todo: Sequence[Sequence[Row]]
-    ) -> Iterator[tuple[int, Row]]:
-        """(number of the view, result): `todo` holds the items of each view."""
+    ) -> Iterator[Found]:
+        """Results as they come; `todo` holds the items of each view."""
         for number, (view, items) in enumerate(zip(views, todo, strict=True)):
             prompts = [
                 tokenizer.apply_chat_template(
@@ -62,9 +64,11 @@ class Task:
                 )
                 for item in items
             ]
-            for item, text in zip(items, self._answers(view, tokenizer, prompts), strict=True):
-                row = {"item": item["item"], "right": int(is_right(item, text)), "text": text}
-                yield number, row
+            texts = self._answers(view, tokenizer, prompts)
+            yield [
+                (number, {"item": item["item"], "right": int(is_right(item, text)), "text": text})
+                for item, text in zip(items, texts, strict=True)
+            ]
 
     def _answers(
         self, view: Looped, tokenizer: TokenizerWrapper, prompts: list[list[int]]
@@ -95,32 +99,34 @@ class Text:
 
     def rows(
         self, views: Sequence[Looped], tokenizer: TokenizerWrapper, todo: Sequence[Sequence[Row]]
-    ) -> Iterator[tuple[int, Row]]:
+    ) -> Iterator[Found]:
         """As `Task.rows`. Layers below the windows are computed once for all views."""
         for item in {item["item"]: item for items in todo for item in items}.values():
             wanted = [i for i, items in enumerate(todo) if item in items]
             used = sorted({0, *wanted})
             tokens = mx.array(item["tokens"])[None]
             states = forward([views[i] for i in used], tokens)
-            for i, state in zip(used, states, strict=True):
-                if i in wanted:
-                    loss, divergence = _loss(views[0], state, states[0], tokens)
-                    yield i, {"item": item["item"], "loss": loss, "kl": divergence}
+            yield [
+                (i, {"item": item["item"], **_loss(views[0], state, states[0], tokens)})
+                for i, state in zip(used, states, strict=True)
+                if i in wanted
+            ]
 
 
-def _loss(model: Looped, state: mx.array, base: mx.array, tokens: mx.array) -> tuple[float, float]:
+def _loss(model: Looped, state: mx.array, base: mx.array, tokens: mx.array) -> Row:
     """Mean loss of the tokens after the first, and mean KL(base || state)."""
     losses, divergences = [], []
     for start in range(0, tokens.shape[1] - 1, CHUNK):
         stop = min(start + CHUNK, tokens.shape[1] - 1)
-        logits, plain = (model._logits(x[:, start:stop]) for x in (state, base))
+        logits, plain = (model.logits(x[:, start:stop]) for x in (state, base))
         wide = logits.astype(mx.float32)
         target = tokens[:, start + 1 : stop + 1, None]
         chosen = mx.take_along_axis(wide, target, axis=-1)[..., 0]
         losses.append(mx.logsumexp(wide, axis=-1) - chosen)
         divergences.append(kl(plain, logits))
         mx.eval(losses[-1], divergences[-1])
-    return tuple(float(mx.mean(mx.concatenate(x, axis=1))) for x in (losses, divergences))  # type: ignore[return-value]
+    loss, divergence = (float(mx.concatenate(x, axis=1).mean()) for x in (losses, divergences))
+    return {"loss": loss, "kl": divergence}
 
 
 def is_right(question: Row, text: str) -> bool:
@@ -274,9 +280,10 @@ def sweep(
     for start in range(0, len(work.items), work.batch):
         items = work.items[start : start + work.batch]
         todo = [[item for item in items if not results.has(view.loop, item)] for view in views]
-        for number, row in work.rows(views, tokenizer, todo):
-            results.add(views[number].loop, row)
-            if not advance(1):
+        for found in work.rows(views, tokenizer, todo):
+            for number, row in found:
+                results.add(views[number].loop, row)
+            if not advance(len(found)):
                 return False
     return True
 
@@ -311,15 +318,18 @@ class Summary:
         return self.p < LEVEL
 
 
+def complete(views: Sequence[Looped], work: Task | Text, results: Results) -> list[Row]:
+    """The items that have a result of every setting."""
+    return [i for i in work.items if all(results.has(view.loop, i) for view in views)]
+
+
 def summarise(views: Sequence[Looped], work: Task | Text, results: Results) -> list[Summary]:
-    """Each setting over the items that all settings have; the un-looped model first.
+    """Each setting over the complete items, of which there are some; the un-looped model first.
 
     Raises:
-        UserError: no item is complete, or scipy is missing.
+        UserError: scipy is missing.
     """
-    items = [i for i in work.items if all(results.has(view.loop, i) for view in views)]
-    if not items:
-        raise UserError("no item has a result of every setting yet: run the sweep again to go on")
+    items = complete(views, work, results)
     is_task = isinstance(work, Task)
     layers = len(views[0].layers)
     base = [results.of(None, item)[work.score] for item in items]

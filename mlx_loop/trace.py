@@ -229,7 +229,7 @@ def _state(model: Looped, x: mx.array, natural: mx.array) -> State:
     lens = []
     for start in range(0, x.shape[1], CHUNK):
         part = slice(start, start + CHUNK)
-        lens += _floats(kl(model._logits(natural[:, part]), model._logits(x[:, part])))
+        lens += _floats(kl(model.logits(natural[:, part]), model.logits(x[:, part])))
     return State(_floats(norm / norm_plain), _floats(cosine), lens)
 
 

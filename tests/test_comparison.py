@@ -9,7 +9,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_loop
 from mlx_loop import Guard, LoopConfig, UserError
-from mlx_loop.comparison import Answer, compare, distinct, forward, kl, part, share
+from mlx_loop.comparison import Answer, compare, distinct, kl
+from mlx_loop.loop import forward, part, share
 
 SETTINGS = [
     LoopConfig(loops=3),
@@ -172,7 +173,7 @@ def test_a_shared_pass_is_each_views_own_pass(any_model):
     text = tokens(1, 12)
     views = views_of(any_model)
     for view, state in zip(views, forward(views, text), strict=True):
-        assert mx.array_equal(view._logits(state), view(text))
+        assert mx.array_equal(view.logits(state), view(text))
 
 
 def test_shared_caches_are_each_views_own_cache(one_of_each):

@@ -119,7 +119,7 @@ def test_the_lens_is_the_models_head():
     text = mx.arange(5, 75)[None]
     h = model.model.embed_tokens(text)
     states = [model._walk(h, None, None, False, range(stop)) for stop in (2, 4)]
-    before, natural = map(model._logits, states)
+    before, natural = map(model.logits, states)
     # float32.
     assert relative_error(mx.array(loop.passes[0].before.lens_kl), kl(natural, before)[0]) < 1e-4
     assert max(loop.passes[1].before.lens_kl) > 0

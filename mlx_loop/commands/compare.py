@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
             if line.startswith("/"):
                 if not session.command(line):
                     break
-            else:
-                session.answer(line)
+            elif not session.answer(line) and not interactive:
+                return INTERRUPTED
         except UserError as error:
             err.print(f"{error}", style="red", markup=False)
             if not interactive:

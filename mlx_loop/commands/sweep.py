@@ -24,6 +24,7 @@ from ..sweep import (
     Task,
     Text,
     best,
+    complete,
     conclusion,
     fingerprint,
     read_task,
@@ -72,18 +73,20 @@ def run(args: argparse.Namespace) -> int:
             return not stop.is_set()
 
         finished = sweep(views, tokenizer, work, results, advance)
-    summaries = summarise(views, work, results)
-    count = sum(all(results.has(view.loop, i) for view in views) for i in work.items)
-    show = err if args.best else out
-    show.print(_table(summaries, work))
-    show.print(conclusion(summaries, work.better, count), soft_wrap=not show.is_terminal)
-    if not is_task:
-        show.print("A lower loss does not promise better answers.", style="dim")
+    count = len(complete(views, work, results))
     if not finished:
         err.print(
             f"stopped after {count} of {len(work.items)} items; the same command goes on",
             style="yellow",
         )
+    if not count:
+        return INTERRUPTED
+    summaries = summarise(views, work, results)
+    show = err if args.best else out
+    show.print(_table(summaries, work))
+    show.print(conclusion(summaries, work.better, count), soft_wrap=not show.is_terminal)
+    if not is_task:
+        show.print("A lower loss does not promise better answers.", style="dim")
     if args.plot is not None:
         files = save(
             Path(args.plot).expanduser(), lambda pyplot: draw(pyplot, summaries, work, args.model)
