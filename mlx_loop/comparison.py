@@ -68,6 +68,7 @@ class Answer:
     firings: tuple[int, int] = (0, 0)
     _seconds: float = 0.0
     _timed: int = 0
+    _same: int = 0
 
     @property
     def loop(self) -> LoopConfig | None:
@@ -97,15 +98,16 @@ class Answer:
         """Find where this answer departs from `base`, as far as both have come."""
         if self.departs is not None:
             return
-        both = min(len(self.tokens), len(base.tokens))
-        for i, (mine, theirs) in enumerate(zip(self.tokens, base.tokens, strict=False)):
+        for mine, theirs in zip(self.tokens[self._same :], base.tokens[self._same :], strict=False):
             if mine != theirs:
-                self.departs = i
+                self.departs = self._same
                 return
-        if len(self.tokens) > both and base.finish_reason is not None:
-            self.departs = both
+            self._same += 1
+        if len(self.tokens) > self._same and base.finish_reason is not None:
+            self.departs = self._same
 
-    def time(self, seconds: float) -> None:
+    def took(self, seconds: float) -> None:
+        """Count the time of the last token."""
         self._seconds += seconds
         self._timed += 1
 
@@ -221,7 +223,7 @@ def _take_turns(
             now = time.perf_counter()
             answer.say(response)
             if turn and asked - before < 0.5 * (now - before):
-                answer.time(now - before)
+                answer.took(now - before)
             if response.finish_reason is not None:
                 running.remove((stream, answer))
             for other in answers[1:]:
