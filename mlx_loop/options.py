@@ -245,8 +245,8 @@ def add_loop_options(parser: argparse.ArgumentParser, several: bool = False) -> 
     about = "What is left out is as saved with the model, else the preset of its size."
     if several:
         about += (
-            " Several values, with commas between (semicolons for alpha, weights and guard), "
-            "are all combined."
+            "\nSeveral values, with commas between (semicolons for alpha, weights and"
+            "\nguard), are all combined."
         )
     group = parser.add_argument_group("loop", about)
     group.add_argument(
