@@ -15,7 +15,9 @@ from .options import (
     add_cache_options,
     add_loop_options,
     add_model_options,
+    add_prefill_option,
     add_sampling_options,
+    add_template_options,
     positive,
 )
 
@@ -23,6 +25,15 @@ from .options import (
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt", "-p", metavar="TEXT", help="the prompt; - or nothing reads standard input"
+    )
+    parser.add_argument(
+        "--ignore-chat-template", action="store_true", help="give the prompt to the model as it is"
+    )
 
 
 def _chat(parser: argparse.ArgumentParser) -> None:
@@ -33,12 +44,7 @@ def _chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prompt", "-p", metavar="TEXT", help="the prompt; - or nothing reads standard input"
-    )
-    parser.add_argument(
-        "--ignore-chat-template", action="store_true", help="give the prompt to the model as it is"
-    )
+    _add_prompt_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--prompt-cache-file", metavar="FILE", help="go on from what `mlx_loop cache_prompt` saved"
@@ -70,6 +76,83 @@ def _cache_prompt(parser: argparse.ArgumentParser) -> None:
     add_cache_options(parser)
 
 
+def _compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt", "-p", metavar="TEXT", help="answer this and leave; - reads standard input"
+    )
+    parser.add_argument(
+        "--setting",
+        action="append",
+        default=[],
+        metavar="FIELDS",
+        help='one more setting to compare, as "loops=6 beta=0.3"; may be given several times',
+    )
+    parser.add_argument(
+        "--ignore-chat-template", action="store_true", help="give the prompt to the model as it is"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    add_model_options(parser)
+    add_loop_options(parser, several=True)
+    add_sampling_options(parser, max_tokens=256)
+    add_prefill_option(parser)
+
+
+def _trace(parser: argparse.ArgumentParser) -> None:
+    _add_prompt_options(parser)
+    parser.add_argument("--tokens", action="store_true", help="show a line for each token too")
+    parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw them: FILE.png, and FILE-dark.png for dark pages",
+    )
+    add_template_options(parser)
+    add_model_options(parser)
+    add_loop_options(parser)
+
+
+def _sweep(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument(
+        "--task",
+        metavar="FILE",
+        help='questions, one JSON object a line with "messages" and "answer"; demo: those that '
+        "ship with mlx_loop",
+    )
+    data.add_argument("--text", metavar="FILE", help="a text: loss and KL instead of answers")
+    parser.add_argument(
+        "--out",
+        default="sweep.jsonl",
+        metavar="FILE",
+        help="where results are appended; what it holds is not done again (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="N items, evenly spread; default: all"
+    )
+    parser.add_argument("--best", action="store_true", help="print the LoopConfig to use")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw them: FILE.png, and FILE-dark.png for dark pages"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        "-m",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="the most tokens of an answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="questions that are answered at a time (default: %(default)s)",
+    )
+    add_model_options(parser)
+    add_loop_options(parser, several=True)
+    add_template_options(parser)
+
+
 COMMANDS = {
     "chat": (
         _chat,
@@ -87,6 +170,34 @@ In the chat, /help lists what can be changed while it runs.""",
         """examples:
   mlx_loop generate --prompt "What is 12 + 30?"
   echo "What is 12 + 30?" | mlx_loop generate --loops 6 --json""",
+    ),
+    "compare": (
+        _compare,
+        "see what several loop settings make of a prompt, side by side",
+        """examples:
+  mlx_loop compare                                  interactive: no loop, 2, 3 and 6 loops
+  mlx_loop compare --integrator naive,euler,anchored --loops 4
+  mlx_loop compare --setting "loops=3 cache=own" --setting "loops=2 integrator=rk4"
+  mlx_loop compare --prompt "What is 12 + 30?" --loops 1,3,6 --json
+The un-looped model is always among them. In the session, /help lists what can be changed.""",
+    ),
+    "trace": (
+        _trace,
+        "look inside a loop: does it converge, drift or diverge?",
+        """examples:
+  mlx_loop trace --prompt "What is 12 + 30?"
+  mlx_loop trace --prompt "What is 12 + 30?" --integrator naive --loops 8 --plot trace.png
+  mlx_loop trace --prompt - --tokens < question.txt
+docs/trace.md says what each number means.""",
+    ),
+    "sweep": (
+        _sweep,
+        "try many loop settings on a task or a text",
+        """examples:
+  mlx_loop sweep --task demo --limit 200 --plot sweep.png
+  mlx_loop sweep --task mine.jsonl --window 3:7,4:8,5:9 --loops 2,4,8 --integrator euler,anchored
+  mlx_loop sweep --text book.txt --loops 2,3,4 --best
+Ctrl-C stops after the results at hand are written; the same command goes on from there.""",
     ),
     "cache_prompt": (
         _cache_prompt,

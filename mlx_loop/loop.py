@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from .cache import Uncached, histories, own_entries, plain_entries, policy, position
 from .cache import check as check_cache
-from .cache import histories, own_entries, plain_entries, policy, position
 from .config import LoopConfig
 from .errors import UserError
+from .guard import Count, integrate_guarded
 from .integrators import Between, integrate, is_natural, passes
 from .phase import announce, prompt_end
 from .presets import resolve
@@ -53,6 +54,7 @@ class Looped(nn.Module):
 
     _loop: LoopConfig | None = None
     _prompt_end: int | None = None
+    _firings: Count | None = None
 
     # --- Settings ---
 
@@ -66,6 +68,7 @@ class Looped(nn.Module):
         if loop is not None:
             loop = resolve(loop, self.model_type, self.family, len(self.layers))
         self._loop = loop
+        self._firings = None if loop is None or loop.guard is None else Count()
 
     def with_loop(self, loop: LoopConfig | None) -> Looped:
         """Another view on the same weights, with loop settings of its own. Copies no array."""
@@ -77,6 +80,14 @@ class Looped(nn.Module):
     def is_unlooped(self) -> bool:
         """Whether the settings amount to the plain model: none, K = 1, or `anchored` at beta 1."""
         return self._loop is None or is_natural(self._loop)
+
+    def take_firings(self) -> tuple[int, int]:
+        """How often the guard fired: (firings, tokens times loops), since the last call.
+
+        Counted are calls with a cache, that is generation, of this view and those that
+        `for_prompt` made of it. In layer scope each layer is a loop. (0, 0) without a guard.
+        """
+        return (0, 0) if self._firings is None else self._firings.take()
 
     # --- Where the prompt ends ---
 
@@ -134,8 +145,7 @@ class Looped(nn.Module):
         # The tokens that loop come first and cannot see the others, so they go first.
         parts = [(h[:, :looped], True), (h[:, looped:], False)]
         outs = [self._walk(x, cache, loop, loops) for x, loops in parts if x.shape[1]]
-        h = self.model.norm(outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1))
-        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
+        return self.logits(outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1))
 
     def masks(self, h: mx.array, caches: Sequence[Any]) -> Sequence[Any]:
         """The attention mask of each layer, as mlx-lm's own model makes it.
@@ -147,28 +157,45 @@ class Looped(nn.Module):
         raise NotImplementedError
 
     def _walk(
-        self, h: mx.array, cache: Sequence[Any] | None, loop: LoopConfig | None, loops: bool
+        self,
+        h: mx.array,
+        cache: Sequence[Any] | None,
+        loop: LoopConfig | None,
+        loops: bool,
+        part: range | None = None,
+        masks: Sequence[Any] | None = None,
     ) -> mx.array:
-        """All layers, (batch, length, hidden) -> the same.
+        """Layers in order, (batch, length, hidden) -> the same.
 
         Args:
             loop: None: there is no window.
             loops: whether these tokens loop, or pass the window once.
+            part: the layers, which hold the whole window; None: all.
+            masks: of all layers; None: they are made.
         """
         layers = self.layers
+        part = range(len(layers)) if part is None else part
         entries = [None] * len(layers) if cache is None else cache
-        masks = self.masks(h, [entry and histories(entry)[0] for entry in entries])
-        window = range(0) if loop is None else loop.layers
-        for i in range(window.start):
+        masks = self._masks(h, entries) if masks is None else masks
+        window = part[:0] if loop is None else loop.layers
+        for i in range(part.start, window.start):
             h = layers[i](h, masks[i], entries[i])
         if loop is not None:
             size = len(window) if loop.scope == "block" else 1
             for i in window[::size]:
-                part = slice(i, i + size)
-                h = self._window(h, layers[part], masks[part], entries[part], loop, loops)
-        for i in range(window.stop, len(layers)):
+                inside = slice(i, i + size)
+                h = self._window(h, layers[inside], masks[inside], entries[inside], loop, loops)
+        for i in range(window.stop, part.stop):
             h = layers[i](h, masks[i], entries[i])
         return h
+
+    def _masks(self, h: mx.array, entries: Sequence[Any]) -> Sequence[Any]:
+        return self.masks(h, [entry and histories(entry)[0] for entry in entries])
+
+    def logits(self, h: mx.array) -> mx.array:
+        """States after all layers, (batch, length, hidden) -> logits (batch, length, vocab)."""
+        h = self.model.norm(h)
+        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
 
     def _window(
         self,
@@ -184,7 +211,7 @@ class Looped(nn.Module):
             layers = [with_frozen_routing(layer, self.moe) for layer in layers]
         kv = [policy(loop.cache, entry, h.shape[1]) for entry in entries]
         g = _Window(layers, masks, kv)
-        h = integrate(g, h, loop) if loops else g(h)
+        h = self._integrate(g, h, loop) if loops else g(h)
         if loops and loop.cache == "last" and entries[0] is not None:
             # MLX is lazy: of this pass only keys and values are read, so of the last layer
             # nothing else is computed.
@@ -192,6 +219,13 @@ class Looped(nn.Module):
         for entry in kv:
             entry.close()
         return h
+
+    def _integrate(self, g: _Window, x0: mx.array, loop: LoopConfig) -> mx.array:
+        if loop.guard is None:
+            return integrate(g, x0, loop)
+        out, fired = integrate_guarded(g, x0, loop, loop.guard)
+        # Without a cache this may be training, and nothing may leave a compiled function.
+        return out if self._firings is None or not g.cached else self._firings.add(fired, out)
 
     # --- Caches ---
 
@@ -227,6 +261,7 @@ class _Window:
 
     def __init__(self, layers: Sequence[Any], masks: Sequence[Any], kv: Sequence[Any]):
         self._blocks = list(zip(layers, masks, kv, strict=True))
+        self.cached = not isinstance(kv[0], Uncached)
         self._evaluation = 0
 
     def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:
@@ -250,3 +285,60 @@ def layer_passes(loop: LoopConfig | None, num_layers: int) -> int:
     if loop.cache == "last" and loop.scope == "block":
         extra += len(loop.layers) - 1
     return num_layers + extra
+
+
+# --- Several views at once ---
+
+
+def forward(
+    views: Sequence[Looped], tokens: mx.array, caches: Sequence[list[Any]] | None = None
+) -> list[mx.array]:
+    """States of each view after all layers; all tokens loop, as those of a prompt do.
+
+    Args:
+        views: of one model. Layers below a view's window are computed once for all views.
+        tokens: (batch, length), int.
+        caches: one for each view, as `share` left them; None: none.
+
+    Returns:
+        (batch, length, hidden) for each view; `Looped.logits` makes logits of them.
+    """
+    entries: Sequence[Any] = [None] * len(views) if caches is None else caches
+    count, starts = len(views[0].layers), _starts(views)
+    h = views[0].model.embed_tokens(tokens)
+    # Before any layer writes: masks depend on how much a cache holds.
+    masks = [
+        view._masks(h, [None] * count if cache is None else cache)
+        for view, cache in zip(views, entries, strict=True)
+    ]
+    outs, done = {}, 0
+    for i in sorted(range(len(views)), key=starts.__getitem__):
+        if starts[i] > done:
+            h = views[i]._walk(h, entries[i], None, False, range(done, starts[i]), masks[i])
+            done = starts[i]
+        loop = None if views[i].is_unlooped else views[i].loop
+        rest = range(done, count)
+        outs[i] = views[i]._walk(h, entries[i], loop, True, rest, masks[i])
+    return [outs[i] for i in range(len(views))]
+
+
+def share(views: Sequence[Looped], caches: Sequence[list[Any]]) -> None:
+    """Make caches of equal content one below the windows, as `forward` needs them."""
+    starts = _starts(views)
+    deepest = caches[starts.index(max(starts))]
+    for cache, start in zip(caches, starts, strict=True):
+        cache[:start] = deepest[:start]
+
+
+def part(views: Sequence[Looped], caches: Sequence[list[Any]]) -> None:
+    """Undo `share`. The arrays stay shared until one cache writes, and nothing is copied now."""
+    for cache, start in zip(caches, _starts(views), strict=True):
+        cache[:start] = copy.deepcopy(cache[:start])
+
+
+def _starts(views: Sequence[Looped]) -> list[int]:
+    """For each view, how many layers come before its window; all, where nothing loops."""
+    count = len(views[0].layers)
+    return [
+        count if view.is_unlooped or view.loop is None else view.loop.layers.start for view in views
+    ]

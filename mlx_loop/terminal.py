@@ -99,6 +99,8 @@ def numbers(response: GenerationResponse, model: Looped) -> str:
     ]
     if not model.is_unlooped:
         parts.append(extra_cost(model))
+    if model.loop is not None and model.loop.guard is not None:
+        parts.append("guard fired {} of {} times".format(*model.take_firings()))
     return " · ".join([*parts, f"peak {response.peak_memory:.2f} GB"])
 
 

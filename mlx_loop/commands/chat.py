@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_lm.generate import GenerationResponse
-from prompt_toolkit import PromptSession
-from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
-from prompt_toolkit.completion import WordCompleter
-from prompt_toolkit.formatted_text import HTML
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
@@ -26,6 +19,7 @@ from ..conversation import Conversation, Interrupted
 from ..errors import UserError
 from ..files import whole_file
 from ..options import generation_from, load_from, parse_setting
+from ..prompt_line import needed, piped_lines, typed_lines
 from ..terminal import (
     describe,
     err,
@@ -36,8 +30,6 @@ from ..terminal import (
     out,
     prompt_progress,
 )
-
-HISTORY = Path.home() / ".cache" / "mlx_loop" / "chat_history"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     interactive = is_interactive()
     if interactive:
         chat.greet()
-    for line in _typed_lines(chat) if interactive else _piped_lines():
+    for line in typed_lines("chat", COMMANDS) if interactive else piped_lines():
         try:
             if line.startswith("/"):
                 if not chat.command(line):
@@ -138,12 +130,12 @@ class Chat:
         self._show_loop()
 
     def window(self, argument: str) -> None:
-        self._change("window", _needed(argument, "/window 15:19"))
+        self._change("window", needed(argument, "/window 15:19"))
         self._show_loop()
 
     def set(self, argument: str) -> None:
-        name, _, value = _needed(argument, "/set beta 0.3").partition(" ")
-        self._change(name, _needed(value.strip(), f"/set {name} VALUE"))
+        name, _, value = needed(argument, "/set beta 0.3").partition(" ")
+        self._change(name, needed(value.strip(), f"/set {name} VALUE"))
         self._show_loop()
 
     def info(self, _: str) -> None:
@@ -168,7 +160,7 @@ class Chat:
         out.print("system message set" if argument else "no system message", style="dim")
 
     def save(self, argument: str) -> None:
-        path = Path(_needed(argument, "/save talk.json")).expanduser()
+        path = Path(needed(argument, "/save talk.json")).expanduser()
         loop = self.conversation.loop
         messages = self.conversation.messages
         data = {
@@ -182,7 +174,7 @@ class Chat:
         out.print(f"{len(messages)} messages saved to {path}", style="dim", markup=False)
 
     def load(self, argument: str) -> None:
-        path = Path(_needed(argument, "/load talk.json")).expanduser()
+        path = Path(needed(argument, "/load talk.json")).expanduser()
         try:
             data = json.loads(path.read_text())
             messages = [{"role": m["role"], "content": m["content"]} for m in data["messages"]]
@@ -226,65 +218,3 @@ COMMANDS = {
     "load": _Command(Chat.load, "FILE", "go on with a saved conversation"),
     "help": _Command(Chat.help, "", "this list"),
 }
-
-
-def _needed(argument: str, example: str) -> str:
-    if not argument:
-        raise UserError(f"something is missing: {example}")
-    return argument
-
-
-def _piped_lines() -> Iterator[str]:
-    for line in sys.stdin:
-        if line.strip():
-            yield line.strip()
-
-
-def _typed_lines(chat: Chat) -> Iterator[str]:
-    """What a person types, message by message, until Ctrl-D."""
-    session: PromptSession[str] = PromptSession(
-        history=_history(),
-        auto_suggest=AutoSuggestFromHistory(),
-        completer=WordCompleter([f"/{name}" for name in (*COMMANDS, "quit")], sentence=True),
-        complete_while_typing=False,
-        key_bindings=_keys(),
-        multiline=True,
-        prompt_continuation="  ",
-    )
-    while True:
-        try:
-            text = session.prompt(HTML("<ansigreen><b>&gt; </b></ansigreen>")).strip()
-        except KeyboardInterrupt:
-            continue
-        except EOFError:
-            return
-        if text:
-            yield text
-
-
-def _keys() -> KeyBindings:
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def _(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if buffer.document.current_line.endswith("\\"):
-            buffer.delete_before_cursor()
-            buffer.newline()
-        else:
-            buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.newline()
-
-    return keys
-
-
-def _history() -> History:
-    try:
-        HISTORY.parent.mkdir(parents=True, exist_ok=True)
-        HISTORY.touch()
-    except OSError:
-        return InMemoryHistory()
-    return FileHistory(str(HISTORY))

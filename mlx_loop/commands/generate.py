@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         if draft is not None:
             raise UserError("--draft-model does not work with --prompt-cache-file: leave one out")
         cache, _ = load_prompt_cache(args.prompt_cache_file, model)
-    tokens = _render(args, tokenizer, prompt, continues=cache is not None)
+    tokens = render_prompt(args, tokenizer, prompt, continues=cache is not None)
 
     text, response = "", None
     with interruptible() as stop, prompt_progress(args.prefill_step_size, stop) as progress:
@@ -79,9 +79,14 @@ def read_prompt(prompt: str | None) -> str:
     return text
 
 
-def _render(
-    args: argparse.Namespace, tokenizer: TokenizerWrapper, prompt: str, continues: bool
+def render_prompt(
+    args: argparse.Namespace, tokenizer: TokenizerWrapper, prompt: str, continues: bool = False
 ) -> list[int]:
+    """Token ids of `prompt` in the chat template, if there is one and it is not to be ignored.
+
+    Args:
+        continues: whether a cache holds what comes before the prompt.
+    """
     if args.ignore_chat_template or not tokenizer.has_chat_template:
         return (
             tokenizer.encode(prompt, add_special_tokens=False)
@@ -115,6 +120,9 @@ def _report(
         "text": text,
         "finish_reason": "interrupted" if interrupted else None,
     }
+    if model.loop is not None and model.loop.guard is not None:
+        fired, loops = model.take_firings()
+        report["guard"] = {"fired": fired, "loops": loops}
     if response is not None:
         report |= {
             "finish_reason": report["finish_reason"] or response.finish_reason,
