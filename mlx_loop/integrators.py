@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache, partial
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 
 from .config import LoopConfig
-from .kernels import combine, rescale, token_norm
+from .kernels import Rescale, combine, update
 
 Between = Callable[[int, mx.array], mx.array]
 
@@ -46,7 +46,7 @@ def integrate(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
     integrator = INTEGRATORS[config.integrator]
     if isinstance(integrator, Nonlinear):
         return integrator.run(g, x0, config)
-    return _run(_plan(config), g, x0, _norm_targets(config))
+    return _run(_plan(config), g, x0, config)
 
 
 def passes(config: LoopConfig) -> int:
@@ -269,41 +269,63 @@ def _express(target: Row, at_hand: Mapping[int, Row], tableau: Tableau) -> dict[
     return terms
 
 
-NormTargets = Callable[[int, mx.array, mx.array], mx.array | None]
-
-
-def _run(plan: Plan, g: Window, x0: mx.array, norm_targets: NormTargets) -> mx.array:
+def _run(plan: Plan, g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
     states: dict[int, mx.array] = {_input(0): x0}
+    form = _Former(config, x0)
 
-    def form(step: Combination, loop: int | None) -> mx.array:
-        state = combine(step.coefficients, [states[i] for i in step.states])
-        norm = None if loop is None else norm_targets(loop, x0, states[_output(0)])
-        return state if norm is None else rescale(state, norm)
+    def formed(step: Combination, loop: int | None) -> mx.array:
+        return form(loop, step.coefficients, [states[i] for i in step.states], states[_output(0)])
 
     for i, stage in enumerate(plan.stages):
         if stage is None:
             continue
         if i:
             loop, intermediate = divmod(i, plan.stages_per_loop)
-            states[_input(i)] = form(stage, None if intermediate else loop)
+            states[_input(i)] = formed(stage, None if intermediate else loop)
         states[_output(i)] = g(states[_input(i)])
-    return form(plan.out, len(plan.stages) // plan.stages_per_loop)
+    return formed(plan.out, len(plan.stages) // plan.stages_per_loop)
 
 
-def _norm_targets(config: LoopConfig) -> NormTargets:
-    """The norm that each token of iterate k is rescaled to, (batch, length, 1); None: none."""
-    if config.integrator == "norm_stab":
-        return lambda k, x0, natural: token_norm(x0)
-    if config.norm == "free":
-        return lambda k, x0, natural: None
+class _Former:
+    """Forms states by one update each, at the norm that the settings ask of an iterate.
 
-    def interpolated(k: int, x0: mx.array, natural: mx.array) -> mx.array | None:
-        if k == config.loops:
+    That norm lies between |x0| and |g(x0)|, token by token. The first update that needs these two
+    measures them in its own pass over the states.
+    """
+
+    def __init__(self, config: LoopConfig, x0: mx.array):
+        self._config, self._x0 = config, x0
+        self._norms: mx.array | None = None
+
+    def __call__(
+        self,
+        loop: int | None,
+        form: Sequence[float] | Literal["aitken"],
+        states: Sequence[mx.array],
+        natural: mx.array,
+    ) -> mx.array:
+        """Iterate `loop`, or for None an intermediate stage, in `form` (`kernels.update`)."""
+        at = None if loop is None else self._norm_at(loop)
+        if at is None:
+            return combine(form, states) if form != "aitken" else update(form, states).out
+        if self._norms is not None:
+            return update(form, states, rescale=Rescale(at, self._norms)).out
+        ends = (self._x0, natural)
+        states = [*states, *(end for end in ends if all(end is not y for y in states))]
+        measure = [[float(y is end) for y in states] for end in ends]
+        if form != "aitken":
+            form = [*form, *[0.0] * (len(states) - len(form))]
+        found = update(form, states, measure=measure, rescale=Rescale(at))
+        self._norms = found.norms
+        return found.out
+
+    def _norm_at(self, loop: int) -> float | None:
+        """Where iterate `loop`'s norm lies: 0 is |x0|, 1 is |g(x0)|; None: it stays as it is."""
+        if self._config.integrator == "norm_stab":
+            return 0.0
+        if self._config.norm == "free" or loop == self._config.loops:
             return None
-        start = token_norm(x0)
-        return start + (token_norm(natural) - start) * (k / config.loops)
-
-    return interpolated
+        return loop / self._config.loops
 
 
 # --- Beside the tableaux --------------------------------------------------------------------
@@ -316,7 +338,7 @@ def anderson(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
     float32, for each token on its own: no token sees a later one. Walker, Ni, Anderson
     acceleration for fixed-point iterations (SIAM J. Numer. Anal. 49, 2011), algorithm AA.
     """
-    norm_targets = _norm_targets(config)
+    form = _Former(config, x0)
     x, x_before, f_before, natural = x0, None, None, None
     # Each direction is a pair (q, p): q a difference of f made orthogonal to the other q's, p
     # what the update changes by when f changes by q.
@@ -334,9 +356,9 @@ def anderson(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
         for q, p in _orthogonal(differences):
             step = step - _quotient(_dot(q, f), _dot(q, q)) * p
         x_before, f_before = wide, f
-        x = (wide + step).astype(x.dtype) if loop > 1 else _damped(x, gx, config.damping)
-        norm = norm_targets(loop, x0, natural)
-        x = x if norm is None else rescale(x, norm)
+        damped = ((1 - config.damping, config.damping), (x, gx))
+        mixed = ((1.0,), ((wide + step).astype(x.dtype),))
+        x = form(loop, *(mixed if loop > 1 else damped), natural)
     return x
 
 
@@ -346,21 +368,18 @@ def aitken(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
     d1 = g(x) - x and d2 = g(g(x)) - 2 g(x) + x. No coordinate moves further than the naive step
     |d1|, and one whose d2 is lost in rounding takes the naive step. [TFL].
     """
-    norm_targets = _norm_targets(config)
+    form = _Former(config, x0)
     x, natural = x0, None
     for loop in range(2, config.loops + 1, 2):
         g1 = g(x)
-        g2 = g(g1)
         natural = g1 if natural is None else natural
-        x = _aitken(x, g1, g2)
-        norm = norm_targets(loop, x0, natural)
-        x = x if norm is None else rescale(x, norm)
+        x = form(loop, "aitken", (x, g1, g(g1)), natural)
     return x
 
 
 def uniform(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
     """At each layer the mean of its outputs over the passes so far goes on to the next. [TFL]."""
-    norm_targets = _norm_targets(config)
+    form = _Former(config, x0)
     means: dict[int, mx.array] = {}
     x, natural = x0, None
     for loop in range(1, config.loops + 1):
@@ -372,13 +391,8 @@ def uniform(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
 
         x = g(x, mean)
         natural = x if natural is None else natural
-        norm = norm_targets(loop, x0, natural)
-        x = x if norm is None else rescale(x, norm)
+        x = form(loop, (1.0,), (x,), natural)
     return x
-
-
-def _damped(x: mx.array, gx: mx.array, damping: float) -> mx.array:
-    return combine((1 - damping, damping), (x, gx))
 
 
 def _orthogonal(
@@ -403,17 +417,6 @@ def _dot(a: mx.array, b: mx.array) -> mx.array:
 
 def _quotient(a: mx.array, b: mx.array) -> mx.array:
     return mx.where(b > 0, a / mx.where(b > 0, b, 1), 0)
-
-
-@partial(mx.compile, shapeless=True)
-def _aitken(x: mx.array, g1: mx.array, g2: mx.array) -> mx.array:
-    wide, wide1, wide2 = (y.astype(mx.float32) for y in (x, g1, g2))
-    d1 = wide1 - wide
-    d2 = wide2 - 2 * wide1 + wide
-    size = mx.abs(d1)
-    clear = mx.abs(d2) > 1e-3 * size
-    step = mx.where(clear, -d1 * d1 / mx.where(clear, d2, 1), d1)
-    return (wide + mx.clip(step, -size, size)).astype(x.dtype)
 
 
 # --- The table of integrators ---------------------------------------------------------------

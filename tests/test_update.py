@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_loop.kernels import combine, rescale, token_norm
+from mlx_loop.kernels import Rescale, RMSNorm, combine, token_norm, update
 
 
 def states(count, dtype, shape=(2, 5, 48)):
@@ -34,12 +34,15 @@ def test_a_step_that_changes_nothing_is_the_state_itself():
 
 def test_rescale_sets_each_tokens_norm():
     (x,) = states(1, mx.float32)
-    target = mx.array(np.random.default_rng(1).uniform(1, 3, (2, 5, 1)).astype(np.float32))
-    np.testing.assert_allclose(token_norm(rescale(x, target)), target, rtol=1e-5)
-    cosine = mx.sum(x * rescale(x, target), -1, keepdims=True) / (token_norm(x) * target)
+    ends = mx.array(np.random.default_rng(1).uniform(1, 3, (2, 5, 2)).astype(np.float32))
+    out = update((1,), (x,), rescale=Rescale(0.25, ends)).out
+    target = 0.75 * ends[..., :1] + 0.25 * ends[..., 1:]
+    np.testing.assert_allclose(token_norm(out), target, rtol=1e-5)
+    cosine = mx.sum(x * out, -1, keepdims=True) / (token_norm(x) * target)
     np.testing.assert_allclose(cosine, 1, rtol=1e-5)
 
 
 def test_rescale_leaves_a_zero_token_zero():
-    out = rescale(mx.zeros((1, 2, 8)), mx.ones((1, 2, 1)))
-    assert mx.array_equal(out, mx.zeros((1, 2, 8)))
+    zeros = mx.zeros((1, 2, 8))
+    out = update((1,), (zeros,), rescale=Rescale(0, mx.ones((1, 2, 2)))).out
+    assert mx.array_equal(out, zeros)
