@@ -312,18 +312,25 @@ def body(variant: Variant) -> str:
 # --- Functions ------------------------------------------------------------------------------
 
 
+def text(variant: Variant, backend: str) -> tuple[str, str]:
+    """The prelude and the function body of a variant on `metal` or `cuda`."""
+    if backend == "cuda":
+        return CUDA_PRELUDE, _CUDA_INDICES[variant.by_row] + body(variant)
+    return METAL_PRELUDE, _METAL_INDICES[variant.by_row] + body(variant)
+
+
 @lru_cache(maxsize=None)
 def build(variant: Variant, backend: str) -> Callable[..., Any]:
     """MLX's function of a variant on `metal` or `cuda`, built once."""
-    names = {"name": variant.name, "input_names": variant.inputs, "output_names": variant.outputs}
-    if backend == "cuda":
-        source = _CUDA_INDICES[variant.by_row] + body(variant)
-        return mx.fast.cuda_kernel(
-            **names, source=source, header=CUDA_PRELUDE, ensure_row_contiguous=False
-        )
-    source = _METAL_INDICES[variant.by_row] + body(variant)
-    return mx.fast.metal_kernel(
-        **names, source=source, header=METAL_PRELUDE, ensure_row_contiguous=False
+    make = mx.fast.cuda_kernel if backend == "cuda" else mx.fast.metal_kernel
+    header, source = text(variant, backend)
+    return make(
+        name=variant.name,
+        input_names=variant.inputs,
+        output_names=variant.outputs,
+        source=source,
+        header=header,
+        ensure_row_contiguous=False,
     )
 
 
