@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from .config import LoopConfig
-from .kernels import Rescale, combine, update
+from .kernels import Anderson, Form, Rescale, combine, update
 
 Between = Callable[[int, mx.array], mx.array]
 
@@ -298,23 +298,17 @@ class _Former:
         self._norms: mx.array | None = None
 
     def __call__(
-        self,
-        loop: int | None,
-        form: Sequence[float] | Literal["aitken"],
-        states: Sequence[mx.array],
-        natural: mx.array,
+        self, loop: int | None, form: Form, states: Sequence[mx.array], natural: mx.array
     ) -> mx.array:
         """Iterate `loop`, or for None an intermediate stage, in `form` (`kernels.update`)."""
         at = None if loop is None else self._norm_at(loop)
         if at is None:
-            return combine(form, states) if form != "aitken" else update(form, states).out
+            return update(form, states).out
         if self._norms is not None:
             return update(form, states, rescale=Rescale(at, self._norms)).out
         ends = (self._x0, natural)
         states = [*states, *(end for end in ends if all(end is not y for y in states))]
         measure = [[float(y is end) for y in states] for end in ends]
-        if form != "aitken":
-            form = [*form, *[0.0] * (len(states) - len(form))]
         found = update(form, states, measure=measure, rescale=Rescale(at))
         self._norms = found.norms
         return found.out
@@ -332,33 +326,17 @@ class _Former:
 
 
 def anderson(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
-    """Anderson acceleration, type II: `x <- x + d f - (dX + d dF) c`, c = argmin |f - dF c|.
+    """Anderson acceleration of x <- g(x) over the last `memory` differences (`kernels.Anderson`).
 
-    dX and dF hold the last `memory` differences of x and f, d is `damping`. Least squares in
-    float32, for each token on its own: no token sees a later one. Walker, Ni, Anderson
-    acceleration for fixed-point iterations (SIAM J. Numer. Anal. 49, 2011), algorithm AA.
+    Each token on its own: no token sees a later one. Walker, Ni 2011.
     """
     form = _Former(config, x0)
-    x, x_before, f_before, natural = x0, None, None, None
-    # Each direction is a pair (q, p): q a difference of f made orthogonal to the other q's, p
-    # what the update changes by when f changes by q.
-    differences: list[tuple[mx.array, mx.array]] = []
-    for loop in range(1, config.loops + 1):
-        gx = g(x)
-        natural = gx if natural is None else natural
-        wide = x.astype(mx.float32)
-        f = gx.astype(mx.float32) - wide
-        if x_before is not None and f_before is not None:
-            df = f - f_before
-            differences.insert(0, (df, wide - x_before + config.damping * df))
-            del differences[config.memory :]
-        step = config.damping * f
-        for q, p in _orthogonal(differences):
-            step = step - _quotient(_dot(q, f), _dot(q, q)) * p
-        x_before, f_before = wide, f
-        damped = ((1 - config.damping, config.damping), (x, gx))
-        mixed = ((1.0,), ((wide + step).astype(x.dtype),))
-        x = form(loop, *(mixed if loop > 1 else damped), natural)
+    natural = g(x0)
+    pairs = [x0, natural]
+    x = form(1, (1 - config.damping, config.damping), pairs, natural)
+    for loop in range(2, config.loops + 1):
+        pairs = [x, g(x), *pairs][: 2 * (config.memory + 1)]
+        x = form(loop, Anderson(config.damping), pairs, natural)
     return x
 
 
@@ -393,30 +371,6 @@ def uniform(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
         natural = x if natural is None else natural
         x = form(loop, (1.0,), (x,), natural)
     return x
-
-
-def _orthogonal(
-    differences: Sequence[tuple[mx.array, mx.array]],
-) -> list[tuple[mx.array, mx.array]]:
-    """Modified Gram-Schmidt on the q's, token by token, with the p's carried along."""
-    done: list[tuple[mx.array, mx.array]] = []
-    for q, p in differences:
-        length = _dot(q, q)
-        for q0, p0 in done:
-            r = _quotient(_dot(q0, q), _dot(q0, q0))
-            q, p = q - r * q0, p - r * p0
-        # What is left of a dependent difference is rounding: no direction at all.
-        keep = _dot(q, q) > 1e-10 * length
-        done.append((mx.where(keep, q, 0), mx.where(keep, p, 0)))
-    return done
-
-
-def _dot(a: mx.array, b: mx.array) -> mx.array:
-    return mx.sum(a * b, axis=-1, keepdims=True)
-
-
-def _quotient(a: mx.array, b: mx.array) -> mx.array:
-    return mx.where(b > 0, a / mx.where(b > 0, b, 1), 0)
 
 
 # --- The table of integrators ---------------------------------------------------------------

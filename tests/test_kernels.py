@@ -99,7 +99,10 @@ class Case:
         rows = c[:-2].reshape(v.measured + 1, v.states)
         # Half a unit in the last place for each product and sum, of the sum of absolute values.
         eps, terms = 2.0**-24, 2 * v.states
-        if v.form == "linear":
+        if v.form == "anderson":
+            out = anderson(c[0], y)
+            error = 64 * eps * np.abs(y).max(axis=(0, -1), keepdims=True)[0]
+        elif v.form == "linear":
             out = np.tensordot(rows[0], y, 1)
             error = terms * eps * np.tensordot(np.abs(rows[0]), np.abs(y), 1)
         else:
@@ -139,6 +142,18 @@ def aitken(x, g1, g2):
     return x + np.clip(step, -np.abs(d1), np.abs(d1))
 
 
+def anderson(damping, y):
+    """By its definition, with NumPy's least squares for each token."""
+    x, f = y[::2], y[1::2] - y[::2]
+    dx, df = x[:-1] - x[1:], f[:-1] - f[1:]
+    out = np.empty_like(x[0])
+    for token in np.ndindex(out.shape[:2]):
+        at = (slice(None), *token)
+        c = np.linalg.lstsq(df[at].T, f[0][token], rcond=None)[0]
+        out[token] = x[0][token] + damping * f[0][token] - c @ (dx[at] + damping * df[at])
+    return out
+
+
 def norm_free(states, form="linear"):
     return Variant(form, states)
 
@@ -168,6 +183,10 @@ CASES = [
     Case(LATER, (1, 1, 2052), F32),
     Case(LATER, (1, 1, 8193), F16),
     Case(Variant("aitken", 3, measured=2, rescaled=True), (1, 3, 66), F32),
+    Case(Variant("anderson", 4), (2, 1, 20), F32),
+    Case(Variant("anderson", 6), (1, 2, 260), BF16),
+    Case(Variant("anderson", 8), (1, 1, 2050), F32),
+    Case(Variant("anderson", 6, rescaled=True, norms=True), (1, 3, 96), F16),
     Case(Variant("linear", 2, measured=2), (2, 3, 40), BF16),
     Case(Variant("linear", 2, rms_norm=True), (2, 3, 72), F16),
     Case(EVERYTHING, (2, 3, 37), F32),

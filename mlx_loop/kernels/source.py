@@ -24,7 +24,8 @@ class Variant:
     """What one kernel computes. Every variant has a name, a text and a plain-MLX twin of its own.
 
     Attributes:
-        form: `linear`, `out = sum_j c_j y_j`, or `aitken`, of y = (x, g(x), g(g(x))).
+        form: `linear`, `out = sum_j c_j y_j`; `aitken`, of y = (x, g(x), g(g(x))); `anderson`, of
+            y = (x, g(x)) and as many earlier pairs, the newest first.
         states: how many y there are.
         measured: norms to measure, each of a linear combination of the y.
         rescaled: whether each token of `out` is brought to a norm between two given ones.
@@ -44,7 +45,7 @@ class Variant:
     @property
     def by_row(self) -> bool:
         """Whether a token needs a sum over itself, so that one threadgroup does all of it."""
-        return bool(self.measured or self.rescaled or self.rms_norm)
+        return self.form == "anderson" or bool(self.measured or self.rescaled or self.rms_norm)
 
     @property
     def name(self) -> str:
@@ -54,7 +55,10 @@ class Variant:
 
     @property
     def inputs(self) -> list[str]:
-        """`coefficients`, float32: `measured` + 1 rows for the y, then `at`, then epsilon."""
+        """`coefficients`, float32: `measured` + 1 rows for the y, then `at`, then epsilon.
+
+        The first row of `aitken` is not read; that of `anderson` begins with the damping.
+        """
         extras = [name for name in ("norms",) if self.norms] + ["weight"] * self.rms_norm
         return ["coefficients", *(f"y{j}" for j in range(self.states)), *extras]
 
@@ -171,6 +175,67 @@ _AITKEN = """const float d1 = y[1][k] - y[0][k];
         const float step = fabs(d2) > 1e-3f * size ? -d1 * d1 / d2 : d1;
         z[0][k] = y[0][k] + (step < -size ? -size : step > size ? size : step);"""
 
+_MIXED = "z[0][k] = kept[turn][k];"
+
+# Modified Gram-Schmidt on the differences q of f, newest first, with p, what the update changes by
+# when f changes by q, carried along; the update is in `kept`. All of it stays in registers.
+_ANDERSON = r"""#define LOOP_DOT(total, a, b) \
+  total = 0; \
+  for (int turn = 0; turn < TURNS; ++turn) {{ \
+    for (int k = 0; k < 4; ++k) total += a[turn][k] * b[turn][k]; \
+  }} \
+  total = mlx_loop::lanes_sum(total); \
+  if (lane == 0) dots[team] = total; \
+  LOOP_BARRIER; \
+  total = mlx_loop::lanes_sum(lane < TEAMS ? dots[lane] : 0); \
+  LOOP_BARRIER
+
+  LOOP_SHARED float dots[TEAMS];
+  constexpr int PAIRS = STATES / 2 - 1;
+  float f[TURNS][4], q[PAIRS][TURNS][4], p[PAIRS][TURNS][4], squares[PAIRS];
+#pragma unroll 4
+  for (int turn = 0; turn < TURNS; ++turn) {{
+    const int column = 4 * (turn * THREADS + worker);
+    const int left = HIDDEN - column, count = left < 0 ? 0 : left < 4 ? left : 4;
+    float y[STATES][4];
+    {loads}
+    for (int k = 0; k < 4; ++k) {{
+      f[turn][k] = y[1][k] - y[0][k];
+      kept[turn][k] = y[0][k] + coefficients[0] * f[turn][k];
+      float newer = f[turn][k];
+      for (int i = 0; i < PAIRS; ++i) {{
+        const float older = y[2 * i + 3][k] - y[2 * i + 2][k];
+        q[i][turn][k] = newer - older;
+        p[i][turn][k] = y[2 * i][k] - y[2 * i + 2][k] + coefficients[0] * q[i][turn][k];
+        newer = older;
+      }}
+    }}
+  }}
+#pragma unroll
+  for (int i = 0; i < PAIRS; ++i) {{
+    float length, r;
+    LOOP_DOT(length, q[i], q[i]);
+#pragma unroll
+    for (int j = 0; j < i; ++j) {{
+      LOOP_DOT(r, q[j], q[i]);
+      r = squares[j] > 0 ? r / squares[j] : 0;
+      for (int turn = 0; turn < TURNS; ++turn) {{
+        for (int k = 0; k < 4; ++k) {{
+          q[i][turn][k] -= r * q[j][turn][k];
+          p[i][turn][k] -= r * p[j][turn][k];
+        }}
+      }}
+    }}
+    LOOP_DOT(squares[i], q[i], q[i]);
+    // What is left of a dependent difference is rounding: no direction at all.
+    if (!(squares[i] > 1e-10f * length)) squares[i] = 0;
+    LOOP_DOT(r, q[i], f);
+    r = squares[i] > 0 ? r / squares[i] : 0;
+    for (int turn = 0; turn < TURNS; ++turn) {{
+      for (int k = 0; k < 4; ++k) kept[turn][k] -= r * p[i][turn][k];
+    }}
+  }}"""
+
 # The four columns from `column` on: z[0] is the update, z[1], ... are what is measured.
 _FORM = """const int count = HIDDEN % 4 && HIDDEN - column < 4 ? HIDDEN - column : 4;
       float y[STATES][4], z[ROWS][4];
@@ -210,6 +275,7 @@ _BY_ROW = """
   constexpr int TEAMS = THREADS / 32;
   {token}
   float sums[SUMS], kept[KEPT ? KEPT : 1][4];
+  {mix}
   for (int s = 0; s < SUMS; ++s) sums[s] = 0;
 #pragma unroll 4
   for (int turn = 0; turn < TURNS; ++turn) {{
@@ -289,7 +355,7 @@ def body(variant: Variant) -> str:
         f" + column * y{j}_strides[2], y{j}_strides[2], count, y[{j}]);"
         for j in range(variant.states)
     )
-    form = _AITKEN if variant.form == "aitken" else _LINEAR
+    form = {"linear": _LINEAR, "aitken": _AITKEN, "anderson": _MIXED}[variant.form]
     filled = {
         "states": variant.states,
         "token": _TOKEN,
@@ -297,11 +363,13 @@ def body(variant: Variant) -> str:
     }
     if not variant.by_row:
         return _ELEMENTWISE.format(**filled)
+    mixes = variant.form == "anderson"
     norms = _GIVEN_NORMS if variant.norms else _MEASURED_NORMS
     return _BY_ROW.format(
         **filled,
         measured=variant.measured,
-        sized=int(variant.rescaled or variant.rms_norm),
+        sized=int(variant.rescaled or variant.rms_norm or not variant.measured),
+        mix=_ANDERSON.format(loads=loads) if mixes else "",
         report=_REPORT if variant.measured else "",
         rescale=_RESCALE.format(norms=norms) if variant.rescaled else "const float scale = 1;",
         rms=_RMS if variant.rms_norm else "",
@@ -339,6 +407,14 @@ def threads(hidden: int) -> int:
     quads = -(-hidden // 4)
     turns = -(-quads // _MAX_THREADS)
     return -(-quads // turns // 32) * 32
+
+
+def fits(variant: Variant, hidden: int) -> bool:
+    """Whether there is a kernel: as many buffers as it may have, and registers for `anderson`."""
+    if variant.form == "anderson":
+        turns = -(-hidden // (4 * threads(hidden)))
+        return variant.states <= MAX_STATES and (variant.states // 2 - 1) * turns <= 6
+    return variant.states <= MAX_STATES
 
 
 def launch(variant: Variant, backend: str, coefficients: mx.array, *arrays: mx.array) -> Any:

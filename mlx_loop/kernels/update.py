@@ -9,16 +9,32 @@ plain-MLX twin is one compiled graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 
-from .source import MAX_STATES, Variant, launch
+from .source import MAX_STATES, Variant, fits, launch
+
+
+@dataclass(frozen=True)
+class Anderson:
+    """Anderson acceleration, type II, of x and g(x) and as many earlier pairs, the newest first.
+
+    With f = g(x) - x, dX and dF the differences of x and of f between neighbouring pairs and d the
+    damping: `x + d f - (dX + d dF) c`, c = argmin |f - dF c| for each token on its own. Walker, Ni,
+    Anderson acceleration for fixed-point iterations (SIAM J. Numer. Anal. 49, 2011), algorithm AA.
+    """
+
+    damping: float
+
+
+Form = Sequence[float] | Literal["aitken"] | Anderson
 
 
 class Rescale(NamedTuple):
-    """Bring each token to the L2 norm `start + at (end - start)`; a zero token stays zero.
+    """Bring each token to the L2 norm `(1 - at) start + at end`; a zero token stays zero.
 
     Attributes:
         at: 0: the first norm; 1: the second.
@@ -68,17 +84,19 @@ def combine(
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1]
     weights, used = map(list, zip(*terms, strict=True))
-    if len(used) > MAX_STATES and _backend(used, use_kernel):
-        first = _constants((*weights[:MAX_STATES], 0.0, 0.0))
-        wide = Variant("linear", MAX_STATES, wide=True)
-        partial = _evaluate(wide, [first, *used[:MAX_STATES]], use_kernel)[0]
-        rest = used[MAX_STATES:]
-        return combine([1.0, *weights[MAX_STATES:]], [partial, *rest], use_kernel=use_kernel)
-    return update(weights, used, use_kernel=use_kernel).out
+    wide = Variant("linear", MAX_STATES, wide=True)
+    if _backend(wide, used[0], use_kernel):
+        while len(used) > MAX_STATES:
+            first = _constants((*weights[:MAX_STATES], 0.0, 0.0))
+            (subtotal,) = _evaluate(wide, [first, *used[:MAX_STATES]], use_kernel)
+            weights = [1.0, *weights[MAX_STATES:]]
+            used = [subtotal, *used[MAX_STATES:]]
+    variant = Variant("linear", len(used))
+    return _evaluate(variant, [_constants((*weights, 0.0, 0.0)), *used], use_kernel)[0]
 
 
 def update(
-    form: Sequence[float] | Literal["aitken"],
+    form: Form,
     states: Sequence[mx.array],
     *,
     measure: Sequence[Sequence[float]] = (),
@@ -89,18 +107,22 @@ def update(
     """The next state, with what else is wanted of the same pass over the states, as one launch.
 
     Args:
-        form: coefficients, one per state; or `aitken`, of the states (x, g(x), g(g(x))).
-        states: up to 8, (batch, length, hidden) each, any strides, all of one dtype.
+        form: coefficients, one per state; `aitken`, Aitken's delta-squared of the states (x, g(x),
+            g(g(x))); or `Anderson`.
+        states: (batch, length, hidden) each, any strides, all of one dtype. More than 8, or an
+            `Anderson` too large for registers, are not for the kernel.
         measure: coefficients, one per state, of each combination whose norms are wanted: that of
             the residual is `(-1, 1)` of (x, g(x)).
         rescale: bring each token to a norm.
         rms_norm: the norm that the next layer begins with.
         use_kernel: False: the plain-MLX twin; None: the kernel where there is a GPU.
     """
-    linear = form != "aitken"
-    rows = [form if linear else (0.0,) * len(states), *measure]
+    name, first = _named(form)
+    if name == "linear" and not measure and rescale is None and rms_norm is None:
+        return Update(combine(first, states, use_kernel=use_kernel), None, None)
+    rows = [(*first, *[0.0] * (len(states) - len(first))), *measure]
     variant = Variant(
-        "linear" if linear else "aitken",
+        name,
         len(states),
         measured=len(measure),
         rescaled=rescale is not None,
@@ -115,6 +137,13 @@ def update(
         arrays.append(rms_norm.weight)
     found = dict(zip(variant.outputs, _evaluate(variant, arrays, use_kernel), strict=True))
     return Update(found["out"], found.get("measured"), found.get("normed"))
+
+
+def _named(form: Form) -> tuple[str, Sequence[float]]:
+    """A form's name and the constants that go with it."""
+    if isinstance(form, Anderson):
+        return "anderson", (form.damping,)
+    return ("aitken", ()) if isinstance(form, str) else ("linear", form)
 
 
 def token_norm(x: mx.array) -> mx.array:
@@ -148,7 +177,10 @@ def _twin(variant: Variant) -> Function:
                 total = total + coefficients[row * count + j] * y[j]
             return total
 
-        out = combination(0) if variant.form == "linear" else _aitken(*y)
+        if variant.form == "anderson":
+            out = _anderson(coefficients[0], y[::2], y[1::2])
+        else:
+            out = _aitken(*y) if variant.form == "aitken" else combination(0)
         measured = [token_norm(combination(row + 1)) for row in range(variant.measured)]
         if variant.rescaled:
             at = coefficients[-2]
@@ -181,23 +213,50 @@ def _aitken(x: mx.array, g1: mx.array, g2: mx.array) -> mx.array:
     return x + mx.clip(step, -size, size)
 
 
+def _anderson(damping: mx.array, xs: Sequence[mx.array], gs: Sequence[mx.array]) -> mx.array:
+    fs = [g - x for x, g in zip(xs, gs, strict=True)]
+    out = xs[0] + damping * fs[0]
+    # Modified Gram-Schmidt on the differences q of f, with p, what the update changes by when f
+    # changes by q, carried along.
+    done: list[tuple[mx.array, mx.array, mx.array]] = []
+    for i in range(len(xs) - 1):
+        q = fs[i] - fs[i + 1]
+        p = xs[i] - xs[i + 1] + damping * q
+        length = _dot(q, q)
+        for q0, p0, square0 in done:
+            r = _quotient(_dot(q0, q), square0)
+            q, p = q - r * q0, p - r * p0
+        # What is left of a dependent difference is rounding: no direction at all.
+        square = _dot(q, q)
+        square = mx.where(square > 1e-10 * length, square, 0)
+        out = out - _quotient(_dot(q, fs[0]), square) * p
+        done.append((q, p, square))
+    return out
+
+
+def _dot(a: mx.array, b: mx.array) -> mx.array:
+    return mx.sum(a * b, axis=-1, keepdims=True)
+
+
+def _quotient(a: mx.array, b: mx.array) -> mx.array:
+    return mx.where(b > 0, a / mx.where(b > 0, b, 1), 0)
+
+
 # --- The dispatcher -------------------------------------------------------------------------
 
 
 def _evaluate(
     variant: Variant, arrays: Sequence[mx.array], use_kernel: bool | None
 ) -> Sequence[mx.array]:
-    backend = _backend(arrays[1 : 1 + variant.states], use_kernel)
+    backend = _backend(variant, arrays[1], use_kernel)
     return (_twin(variant) if backend is None else _kernel(variant, backend))(*arrays)
 
 
-def _backend(states: Sequence[mx.array], use_kernel: bool | None) -> str | None:
+def _backend(variant: Variant, state: mx.array, use_kernel: bool | None) -> str | None:
     """`metal`, `cuda`, or None: the twin."""
     if use_kernel is None:
-        on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        fits = len(states) <= MAX_STATES and states[0].size > 0
-        use_kernel = on_gpu and fits
-    if not use_kernel:
+        use_kernel = mx.default_device().type == mx.DeviceType.gpu
+    if not (use_kernel and state.size and fits(variant, state.shape[-1])):
         return None
     return "cuda" if mx.cuda.is_available() else "metal"
 
