@@ -273,11 +273,20 @@ def _kernel(variant: Variant, backend: str) -> Function:
 
     @call.jvp
     def jvp(primals: Any, tangents: Any) -> Any:
-        return mx.jvp(twin, list(primals), list(tangents))[1]
+        pairs = zip(primals, tangents, strict=True)
+        moved = [mx.zeros_like(x) if tangent is None else tangent for x, tangent in pairs]
+        return mx.jvp(twin, list(primals), moved)[1]
 
     @call.vmap
     def vmap(inputs: Any, axes: Any) -> Any:
-        return list(mx.vmap(twin, in_axes=tuple(axes))(*inputs)), 0
+        last = len(inputs) - variant.rms_norm
+        if any(axis is not None for axis in (axes[0], *axes[last:])):  # other constants for each
+            found = mx.vmap(twin, in_axes=tuple(axes))(*inputs)
+        else:
+            size = next(x.shape[a] for x, a in zip(inputs, axes, strict=True) if a is not None)
+            mapped = [_leading(x, a, size) for x, a in zip(inputs[1:last], axes[1:], strict=False)]
+            found = call(inputs[0], *mapped, *inputs[last:])
+        return list(found), [0] * len(found)
 
     return call
 
@@ -289,6 +298,11 @@ def _on_any_rank(
     tokens = [_three_axes(x) for x in arrays[:last]]
     found = launch(variant, backend, coefficients, *tokens, *arrays[last:])
     return [x.reshape(*arrays[0].shape[:-1], x.shape[-1]) for x in found]
+
+
+def _leading(x: mx.array, axis: int | None, size: int) -> mx.array:
+    """The mapped axis in front; an array that is not mapped repeats, without a copy."""
+    return mx.broadcast_to(x, (size, *x.shape)) if axis is None else mx.moveaxis(x, axis, 0)
 
 
 def _three_axes(x: mx.array) -> mx.array:
