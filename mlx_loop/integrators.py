@@ -169,8 +169,8 @@ def _iteration(updates: Sequence[Update]) -> Tableau:
     holds the weights of f(x_0), f(x_1), ...; x0's own weight is what is missing to 1.
     """
     rows: list[Row] = [(Fraction(0),) * len(updates)] * 2
-    for k, update in enumerate(updates):
-        row, weight = update(rows[-1], rows[-2])
+    for k, next_row in enumerate(updates):
+        row, weight = next_row(rows[-1], rows[-2])
         rows.append(tuple(x + weight * (j == k) for j, x in enumerate(row)))
     stages, last = rows[1:-1], rows[-1]
     return Tableau(tuple(row[:k] for k, row in enumerate(stages)), last)

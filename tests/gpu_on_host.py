@@ -14,7 +14,7 @@ import struct
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -32,7 +32,7 @@ POISONED_VARIABLES = "-ftrivial-auto-var-init=pattern"
 META, DATA, OUTPUT = range(3)
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiler() -> str | None:
     """The C++ compiler, if there is one and it has the sanitizers."""
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -73,7 +73,7 @@ class Function:
 
 
 def metal(variant: source.Variant, arrays: Sequence[mx.array], fault=None) -> Function:
-    """The Metal function that MLX would launch, on request with a fault: (text, its replacement)."""
+    """The Metal function that MLX would launch; `fault`: a text in it and its replacement."""
     nodes: list[dict] = []
     with mock.patch.object(source, "text", planted(fault)):
         source.build.cache_clear()

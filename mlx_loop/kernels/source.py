@@ -1,4 +1,4 @@
-"""The kernels' text: one body for Metal and CUDA, a prelude for each, and the functions made of them.
+"""The kernels' text: one body for Metal and CUDA, a prelude for each, and their launch.
 
 A body never names an address space, a barrier or an index: the prelude gives those their words.
 What differs between variants (how many states, which extras) is written out when the text is
@@ -8,9 +8,8 @@ or K compiles nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -387,8 +386,8 @@ def text(variant: Variant, backend: str) -> tuple[str, str]:
     return METAL_PRELUDE, _METAL_INDICES[variant.by_row] + body(variant)
 
 
-@lru_cache(maxsize=None)
-def build(variant: Variant, backend: str) -> Callable[..., Any]:
+@cache
+def build(variant: Variant, backend: str) -> Any:
     """MLX's function of a variant on `metal` or `cuda`, built once."""
     make = mx.fast.cuda_kernel if backend == "cuda" else mx.fast.metal_kernel
     header, source = text(variant, backend)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -161,7 +161,7 @@ def _constants(values: tuple[float, ...]) -> mx.array:
 Function = Callable[..., Sequence[mx.array]]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _twin(variant: Variant) -> Function:
     """The variant in plain MLX: one compiled graph for every shape. Arguments as for `launch`."""
 
@@ -261,11 +261,11 @@ def _backend(variant: Variant, state: mx.array, use_kernel: bool | None) -> str 
     return "cuda" if mx.cuda.is_available() else "metal"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(variant: Variant, backend: str) -> Function:
     """The variant as one launch, with the twin's derivatives."""
     twin = _twin(variant)
-    call = mx.custom_function(partial(_on_any_rank, variant, backend))
+    call: Any = mx.custom_function(partial(_on_any_rank, variant, backend))
 
     @call.vjp
     def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
@@ -281,7 +281,7 @@ def _kernel(variant: Variant, backend: str) -> Function:
     def vmap(inputs: Any, axes: Any) -> Any:
         last = len(inputs) - variant.rms_norm
         if any(axis is not None for axis in (axes[0], *axes[last:])):  # other constants for each
-            found = mx.vmap(twin, in_axes=tuple(axes))(*inputs)
+            found: Any = mx.vmap(twin, in_axes=tuple(axes))(*inputs)
         else:
             size = next(x.shape[a] for x, a in zip(inputs, axes, strict=True) if a is not None)
             mapped = [_leading(x, a, size) for x, a in zip(inputs[1:last], axes[1:], strict=False)]
