@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from .config import LoopConfig
-from .kernels import Anderson, Form, Rescale, combine, update
+from .kernels import Anderson, Form, Rescale, RMSNorm, combine, update
 
 Between = Callable[[int, mx.array], mx.array]
 
@@ -29,24 +29,30 @@ class Window(Protocol):
     """g: one pass over the window, (batch, length, hidden) -> the same shape and dtype.
 
     `between(i, h)`, where given, replaces the output h of the window's i-th layer before it goes
-    on to the next.
+    on to the next. `normed`, where given, is the RMSNorm of x that the first layer begins with.
     """
 
-    def __call__(self, x: mx.array, between: Between | None = None) -> mx.array: ...
+    def __call__(
+        self, x: mx.array, between: Between | None = None, normed: mx.array | None = None
+    ) -> mx.array: ...
 
 
-def integrate(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
+def integrate(
+    g: Window, x0: mx.array, config: LoopConfig, norm: RMSNorm | None = None
+) -> mx.array:
     """The state that leaves the loop.
 
     Args:
         g: one pass over the window. Its first call is the natural pass, g(x0).
         x0: (batch, length, hidden), the residual stream that enters the window.
         config: complete settings (`presets.resolve`).
+        norm: what g begins with; g then gets it with the states that are formed here.
     """
     integrator = INTEGRATORS[config.integrator]
+    loop = _Loop(g, x0, config, norm)
     if isinstance(integrator, Nonlinear):
-        return integrator.run(g, x0, config)
-    return _run(_plan(config), g, x0, config)
+        return integrator.run(loop, x0, config)
+    return _run(_plan(config), loop, x0)
 
 
 def passes(config: LoopConfig) -> int:
@@ -269,107 +275,112 @@ def _express(target: Row, at_hand: Mapping[int, Row], tableau: Tableau) -> dict[
     return terms
 
 
-def _run(plan: Plan, g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
+def _run(plan: Plan, loop: _Loop, x0: mx.array) -> mx.array:
     states: dict[int, mx.array] = {_input(0): x0}
-    form = _Former(config, x0)
 
-    def formed(step: Combination, loop: int | None) -> mx.array:
-        return form(loop, step.coefficients, [states[i] for i in step.states], states[_output(0)])
+    def formed(step: Combination, k: int | None) -> mx.array:
+        return loop.form(k, step.coefficients, [states[i] for i in step.states])
 
     for i, stage in enumerate(plan.stages):
         if stage is None:
             continue
         if i:
-            loop, intermediate = divmod(i, plan.stages_per_loop)
-            states[_input(i)] = formed(stage, None if intermediate else loop)
-        states[_output(i)] = g(states[_input(i)])
+            k, intermediate = divmod(i, plan.stages_per_loop)
+            states[_input(i)] = formed(stage, None if intermediate else k)
+        states[_output(i)] = loop.g(states[_input(i)])
     return formed(plan.out, len(plan.stages) // plan.stages_per_loop)
 
 
-class _Former:
-    """Forms states by one update each, at the norm that the settings ask of an iterate.
+class _Loop:
+    """The two things that an integrator does: evaluate g, and form states by one update each.
 
-    That norm lies between |x0| and |g(x0)|, token by token. The first update that needs these two
-    measures them in its own pass over the states.
+    Where an iterate's norm is set, it lies between |x0| and |g(x0)|, token by token. The first
+    update that needs these two measures them in its own pass over the states. Likewise the update
+    that forms a state takes the norm that g begins with along.
     """
 
-    def __init__(self, config: LoopConfig, x0: mx.array):
-        self._config, self._x0 = config, x0
-        self._norms: mx.array | None = None
+    def __init__(self, g: Window, x0: mx.array, config: LoopConfig, norm: RMSNorm | None):
+        self._g, self._x0, self._config, self._norm = g, x0, config, norm
+        self._natural: mx.array
+        self._ends: mx.array | None = None
+        self._formed: tuple[mx.array, mx.array | None] = (x0, None)
 
-    def __call__(
-        self, loop: int | None, form: Form, states: Sequence[mx.array], natural: mx.array
-    ) -> mx.array:
-        """Iterate `loop`, or for None an intermediate stage, in `form` (`kernels.update`)."""
-        at = None if loop is None else self._norm_at(loop)
-        if at is None:
-            return update(form, states).out
-        if self._norms is not None:
-            return update(form, states, rescale=Rescale(at, self._norms)).out
-        ends = (self._x0, natural)
-        states = [*states, *(end for end in ends if all(end is not y for y in states))]
-        measure = [[float(y is end) for y in states] for end in ends]
-        found = update(form, states, measure=measure, rescale=Rescale(at))
-        self._norms = found.norms
+    def g(self, x: mx.array, between: Between | None = None) -> mx.array:
+        """One pass; the first one is the natural one."""
+        state, normed = self._formed
+        if x is state and normed is not None:
+            return self._g(x, between, normed)
+        out = self._g(x) if between is None else self._g(x, between)
+        if x is self._x0:
+            self._natural = out
+        return out
+
+    def form(self, k: int | None, form: Form, states: Sequence[mx.array]) -> mx.array:
+        """Iterate k, or for None an intermediate stage, in `form` (`kernels.update`)."""
+        at = None if k is None else self._norm_at(k)
+        norm = None if k == self._config.loops else self._norm
+        rescale, measure = None, []
+        if at is not None:
+            rescale = Rescale(at, self._ends)
+        if at is not None and self._ends is None:
+            ends = (self._x0, self._natural)
+            states = [*states, *(end for end in ends if all(end is not y for y in states))]
+            measure = [[float(y is end) for y in states] for end in ends]
+        found = update(form, states, measure=measure, rescale=rescale, rms_norm=norm)
+        self._ends = self._ends if found.norms is None else found.norms
+        self._formed = found.out, found.normed
         return found.out
 
-    def _norm_at(self, loop: int) -> float | None:
-        """Where iterate `loop`'s norm lies: 0 is |x0|, 1 is |g(x0)|; None: it stays as it is."""
+    def _norm_at(self, k: int) -> float | None:
+        """Where iterate k's norm lies: 0 is |x0|, 1 is |g(x0)|; None: it stays as it is."""
         if self._config.integrator == "norm_stab":
             return 0.0
-        if self._config.norm == "free" or loop == self._config.loops:
+        if self._config.norm == "free" or k == self._config.loops:
             return None
-        return loop / self._config.loops
+        return k / self._config.loops
 
 
 # --- Beside the tableaux --------------------------------------------------------------------
 
 
-def anderson(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
+def anderson(loop: _Loop, x0: mx.array, config: LoopConfig) -> mx.array:
     """Anderson acceleration of x <- g(x) over the last `memory` differences (`kernels.Anderson`).
 
     Each token on its own: no token sees a later one. Walker, Ni 2011.
     """
-    form = _Former(config, x0)
-    natural = g(x0)
-    pairs = [x0, natural]
-    x = form(1, (1 - config.damping, config.damping), pairs, natural)
-    for loop in range(2, config.loops + 1):
-        pairs = [x, g(x), *pairs][: 2 * (config.memory + 1)]
-        x = form(loop, Anderson(config.damping), pairs, natural)
+    pairs = [x0, loop.g(x0)]
+    x = loop.form(1, (1 - config.damping, config.damping), pairs)
+    for k in range(2, config.loops + 1):
+        pairs = [x, loop.g(x), *pairs][: 2 * (config.memory + 1)]
+        x = loop.form(k, Anderson(config.damping), pairs)
     return x
 
 
-def aitken(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
+def aitken(loop: _Loop, x0: mx.array, config: LoopConfig) -> mx.array:
     """Aitken's delta-squared in each coordinate, `x <- x - d1^2 / d2`, K / 2 times.
 
     d1 = g(x) - x and d2 = g(g(x)) - 2 g(x) + x. No coordinate moves further than the naive step
     |d1|, and one whose d2 is lost in rounding takes the naive step. [TFL].
     """
-    form = _Former(config, x0)
-    x, natural = x0, None
-    for loop in range(2, config.loops + 1, 2):
-        g1 = g(x)
-        natural = g1 if natural is None else natural
-        x = form(loop, "aitken", (x, g1, g(g1)), natural)
+    x = x0
+    for k in range(2, config.loops + 1, 2):
+        g1 = loop.g(x)
+        x = loop.form(k, "aitken", (x, g1, loop.g(g1)))
     return x
 
 
-def uniform(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
+def uniform(loop: _Loop, x0: mx.array, config: LoopConfig) -> mx.array:
     """At each layer the mean of its outputs over the passes so far goes on to the next. [TFL]."""
-    form = _Former(config, x0)
     means: dict[int, mx.array] = {}
-    x, natural = x0, None
-    for loop in range(1, config.loops + 1):
+    x = x0
+    for k in range(1, config.loops + 1):
 
-        def mean(layer: int, h: mx.array, loop: int = loop) -> mx.array:
+        def mean(layer: int, h: mx.array, k: int = k) -> mx.array:
             before = means.get(layer, h)
-            means[layer] = combine((1 - 1 / loop, 1 / loop), (before, h))
+            means[layer] = combine((1 - 1 / k, 1 / k), (before, h))
             return means[layer]
 
-        x = g(x, mean)
-        natural = x if natural is None else natural
-        x = form(loop, (1.0,), (x,), natural)
+        x = loop.form(k, (1.0,), (loop.g(x, mean),))
     return x
 
 
@@ -400,7 +411,7 @@ class Linear(_Integrator):
 class Nonlinear(_Integrator):
     """An integrator that is a function."""
 
-    run: Callable[[Window, mx.array, LoopConfig], mx.array]
+    run: Callable[[_Loop, mx.array, LoopConfig], mx.array]
 
 
 _HNW = "Hairer, Norsett, Wanner, Solving ODEs I, II.1"

@@ -22,6 +22,7 @@ from .cache import histories, own_entries, plain_entries, policy, position
 from .config import LoopConfig
 from .errors import UserError
 from .integrators import Between, integrate, is_natural, passes
+from .kernels import RMSNorm, on_gpu
 from .phase import announce, prompt_end
 from .presets import resolve
 from .routing import MoEBlock, with_frozen_routing
@@ -184,7 +185,7 @@ class Looped(nn.Module):
             layers = [with_frozen_routing(layer, self.moe) for layer in layers]
         kv = [policy(loop.cache, entry, h.shape[1]) for entry in entries]
         g = _Window(layers, masks, kv)
-        h = integrate(g, h, loop) if loops else g(h)
+        h = integrate(g, h, loop, _norm(layers[0])) if loops else g(h)
         if loops and loop.cache == "last" and entries[0] is not None:
             # MLX is lazy: of this pass only keys and values are read, so of the last layer
             # nothing else is computed.
@@ -229,13 +230,30 @@ class _Window:
         self._blocks = list(zip(layers, masks, kv, strict=True))
         self._evaluation = 0
 
-    def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, between: Between | None = None, normed: mx.array | None = None
+    ) -> mx.array:
         for i, (layer, mask, kv) in enumerate(self._blocks):
+            if i == 0 and normed is not None:
+                layer = _with_normed_input(layer, normed)
             x = layer(x, mask, kv.view(self._evaluation))
             if between is not None:
                 x = between(i, x)
         self._evaluation += 1
         return x
+
+
+def _norm(layer: Any) -> RMSNorm | None:
+    """What a layer begins with, if an update can take it along, which pays where it is a kernel."""
+    norm = layer.get("input_layernorm")
+    return RMSNorm(norm.weight, norm.eps) if on_gpu() and type(norm) is nn.RMSNorm else None
+
+
+def _with_normed_input(layer: nn.Module, normed: mx.array) -> nn.Module:
+    """A copy of `layer`, sharing all weights, for an input whose RMSNorm is at hand."""
+    stand_in = copy.copy(layer)
+    stand_in["input_layernorm"] = lambda x: normed
+    return stand_in
 
 
 def layer_passes(loop: LoopConfig | None, num_layers: int) -> int:

@@ -316,6 +316,27 @@ def test_every_state_that_an_integrator_forms_is_one_launch(name, norm):
     assert found == ({"CustomKernel": len(formed)} if formed else {})
 
 
+def test_the_norm_after_an_update_is_no_launch_of_its_own(model):
+    def graph(loops):
+        view = model.with_loop(LoopConfig(window=(3, 5), loops=loops, integrator="euler"))
+        return nodes(view, mx.zeros((1, 4), mx.int32))
+
+    plain, looped = graph(1), graph(3)
+    assert looped["CustomKernel"] == 3
+    # Each of Qwen3's four norms in a layer has one reciprocal square root in MLX's graph. There are
+    # two more passes over two layers, and the first norm of each is the kernel's.
+    assert looped["Rsqrt"] - plain["Rsqrt"] == 2 * (2 * 4 - 1)
+
+
+def test_a_norm_taken_along_is_the_layers_own(model):
+    view = model.with_loop(LoopConfig(window=(3, 5), loops=3, integrator="euler"))
+    tokens = mx.array([[5, 6, 7, 8]])
+    own = view(tokens)
+    with mock.patch("mlx_loop.loop.on_gpu", return_value=True):
+        taken_along = view(tokens)
+    assert mx.array_equal(own, taken_along)
+
+
 def test_more_than_eight_states_take_a_launch_for_every_seven():
     def many(x):
         return combine([0.1] * 16, [mx.sin(x) for _ in range(16)])

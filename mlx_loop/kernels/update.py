@@ -118,7 +118,8 @@ def update(
         use_kernel: False: the plain-MLX twin; None: the kernel where there is a GPU.
     """
     name, first = _named(form)
-    if name == "linear" and not measure and rescale is None and rms_norm is None:
+    copies = name == "linear" and sorted(first) == [*[0] * (len(first) - 1), 1]
+    if name == "linear" and not measure and rescale is None and (copies or rms_norm is None):
         return Update(combine(first, states, use_kernel=use_kernel), None, None)
     rows = [(*first, *[0.0] * (len(states) - len(first))), *measure]
     variant = Variant(
@@ -144,6 +145,11 @@ def _named(form: Form) -> tuple[str, Sequence[float]]:
     if isinstance(form, Anderson):
         return "anderson", (form.damping,)
     return ("aitken", ()) if isinstance(form, str) else ("linear", form)
+
+
+def on_gpu() -> bool:
+    """Whether updates are kernels here and now."""
+    return mx.default_device().type == mx.DeviceType.gpu
 
 
 def token_norm(x: mx.array) -> mx.array:
@@ -196,9 +202,11 @@ def _twin(variant: Variant) -> Function:
         if measured:
             found.append(mx.concatenate(measured, axis=-1))
         if variant.rms_norm:
-            mean = mx.mean(out * out, axis=-1, keepdims=True)
-            weight = extras.pop(0).astype(mx.float32)
-            found.append((out * mx.rsqrt(mean + coefficients[-1]) * weight).astype(dtype))
+            # As `mx.fast.rms_norm` computes it on the CPU, so that it is the layer's own to the bit.
+            wide = found[0].astype(mx.float32)
+            mean = mx.mean(mx.square(wide), axis=-1, keepdims=True)
+            normed = wide * mx.rsqrt(mean + coefficients[-1])
+            found.append(extras.pop(0) * normed.astype(dtype))
         return found
 
     return mx.compile(compute, shapeless=True)
@@ -255,7 +263,7 @@ def _evaluate(
 def _backend(variant: Variant, state: mx.array, use_kernel: bool | None) -> str | None:
     """`metal`, `cuda`, or None: the twin."""
     if use_kernel is None:
-        use_kernel = mx.default_device().type == mx.DeviceType.gpu
+        use_kernel = on_gpu()
     if not (use_kernel and state.size and fits(variant, state.shape[-1])):
         return None
     return "cuda" if mx.cuda.is_available() else "metal"
