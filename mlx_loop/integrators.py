@@ -37,9 +37,7 @@ class Window(Protocol):
     ) -> mx.array: ...
 
 
-def integrate(
-    g: Window, x0: mx.array, config: LoopConfig, norm: RMSNorm | None = None
-) -> mx.array:
+def integrate(g: Window, x0: mx.array, config: LoopConfig, norm: RMSNorm | None = None) -> mx.array:
     """The state that leaves the loop.
 
     Args:

@@ -167,9 +167,8 @@ def _constants(values: tuple[float, ...]) -> mx.array:
 Function = Callable[..., Sequence[mx.array]]
 
 
-@cache
-def _twin(variant: Variant) -> Function:
-    """The variant in plain MLX: one compiled graph for every shape. Arguments as for `launch`."""
+def plain(variant: Variant) -> Function:
+    """The variant in plain MLX, operation by operation. Arguments as for `launch`."""
 
     def compute(coefficients: mx.array, *arrays: mx.array) -> list[mx.array]:
         count = variant.states
@@ -209,7 +208,13 @@ def _twin(variant: Variant) -> Function:
             found.append(extras.pop(0) * normed.astype(dtype))
         return found
 
-    return mx.compile(compute, shapeless=True)
+    return compute
+
+
+@cache
+def twin(variant: Variant) -> Function:
+    """`plain` as one compiled graph for every shape."""
+    return mx.compile(plain(variant), shapeless=True)
 
 
 def _aitken(x: mx.array, g1: mx.array, g2: mx.array) -> mx.array:
@@ -257,7 +262,7 @@ def _evaluate(
     variant: Variant, arrays: Sequence[mx.array], use_kernel: bool | None
 ) -> Sequence[mx.array]:
     backend = _backend(variant, arrays[1], use_kernel)
-    return (_twin(variant) if backend is None else _kernel(variant, backend))(*arrays)
+    return (twin(variant) if backend is None else _kernel(variant, backend))(*arrays)
 
 
 def _backend(variant: Variant, state: mx.array, use_kernel: bool | None) -> str | None:
@@ -272,24 +277,24 @@ def _backend(variant: Variant, state: mx.array, use_kernel: bool | None) -> str 
 @cache
 def _kernel(variant: Variant, backend: str) -> Function:
     """The variant as one launch, with the twin's derivatives."""
-    twin = _twin(variant)
+    ours = twin(variant)
     call: Any = mx.custom_function(partial(_on_any_rank, variant, backend))
 
     @call.vjp
     def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        return tuple(mx.vjp(twin, list(primals), list(cotangents))[1])
+        return tuple(mx.vjp(ours, list(primals), list(cotangents))[1])
 
     @call.jvp
     def jvp(primals: Any, tangents: Any) -> Any:
         pairs = zip(primals, tangents, strict=True)
         moved = [mx.zeros_like(x) if tangent is None else tangent for x, tangent in pairs]
-        return mx.jvp(twin, list(primals), moved)[1]
+        return mx.jvp(ours, list(primals), moved)[1]
 
     @call.vmap
     def vmap(inputs: Any, axes: Any) -> Any:
         last = len(inputs) - variant.rms_norm
         if any(axis is not None for axis in (axes[0], *axes[last:])):  # other constants for each
-            found: Any = mx.vmap(twin, in_axes=tuple(axes))(*inputs)
+            found: Any = mx.vmap(ours, in_axes=tuple(axes))(*inputs)
         else:
             size = next(x.shape[a] for x, a in zip(inputs, axes, strict=True) if a is not None)
             mapped = [_leading(x, a, size) for x, a in zip(inputs[1:last], axes[1:], strict=False)]
