@@ -23,6 +23,7 @@ from .config import LoopConfig
 from .errors import UserError
 from .guard import Count, integrate_guarded
 from .integrators import Between, integrate, is_natural, passes
+from .kernels import RMSNorm, on_gpu
 from .phase import announce, prompt_end
 from .presets import resolve
 from .routing import MoEBlock, with_frozen_routing
@@ -211,7 +212,7 @@ class Looped(nn.Module):
             layers = [with_frozen_routing(layer, self.moe) for layer in layers]
         kv = [policy(loop.cache, entry, h.shape[1]) for entry in entries]
         g = _Window(layers, masks, kv)
-        h = self._integrate(g, h, loop) if loops else g(h)
+        h = self._integrate(g, h, loop, _norm(layers[0])) if loops else g(h)
         if loops and loop.cache == "last" and entries[0] is not None:
             # MLX is lazy: of this pass only keys and values are read, so of the last layer
             # nothing else is computed.
@@ -220,10 +221,12 @@ class Looped(nn.Module):
             entry.close()
         return h
 
-    def _integrate(self, g: _Window, x0: mx.array, loop: LoopConfig) -> mx.array:
+    def _integrate(
+        self, g: _Window, x0: mx.array, loop: LoopConfig, norm: RMSNorm | None
+    ) -> mx.array:
         if loop.guard is None:
-            return integrate(g, x0, loop)
-        out, fired = integrate_guarded(g, x0, loop, loop.guard)
+            return integrate(g, x0, loop, norm)
+        out, fired = integrate_guarded(g, x0, loop, loop.guard, norm)
         # Without a cache this may be training, and nothing may leave a compiled function.
         return out if self._firings is None or not g.cached else self._firings.add(fired, out)
 
@@ -264,13 +267,30 @@ class _Window:
         self.cached = not isinstance(kv[0], Uncached)
         self._evaluation = 0
 
-    def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, between: Between | None = None, normed: mx.array | None = None
+    ) -> mx.array:
         for i, (layer, mask, kv) in enumerate(self._blocks):
+            if i == 0 and normed is not None:
+                layer = _with_normed_input(layer, normed)
             x = layer(x, mask, kv.view(self._evaluation))
             if between is not None:
                 x = between(i, x)
         self._evaluation += 1
         return x
+
+
+def _norm(layer: Any) -> RMSNorm | None:
+    """What a layer begins with, if an update can take it along, which pays where it is a kernel."""
+    norm = layer.get("input_layernorm")
+    return RMSNorm(norm.weight, norm.eps) if on_gpu() and type(norm) is nn.RMSNorm else None
+
+
+def _with_normed_input(layer: nn.Module, normed: mx.array) -> nn.Module:
+    """A copy of `layer`, sharing all weights, for an input whose RMSNorm is at hand."""
+    stand_in = copy.copy(layer)
+    stand_in["input_layernorm"] = lambda x: normed
+    return stand_in
 
 
 def layer_passes(loop: LoopConfig | None, num_layers: int) -> int:

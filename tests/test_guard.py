@@ -19,7 +19,7 @@ X0 = mx.random.normal((1, 6, 8), key=mx.random.key(0))
 FACTORS = mx.array([0.5, 0.9, 1.0, 1.1, 1.5, 3.0])[None, :, None]
 
 
-def g(x, between=None):
+def g(x, between=None, normed=None):
     x = x * FACTORS
     return x if between is None else between(0, x)
 
