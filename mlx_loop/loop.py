@@ -10,21 +10,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
 
+from .cache import (
+    FirstSideBySide,
+    Own,
+    histories,
+    own_entries,
+    plain_entries,
+    policy,
+    position,
+    rewind,
+    side_by_side,
+)
 from .cache import check as check_cache
-from .cache import histories, own_entries, plain_entries, policy, position
 from .config import LoopConfig
 from .errors import UserError
 from .integrators import Between, integrate, is_natural, passes
 from .phase import announce, prompt_end
 from .presets import resolve
-from .routing import MoEBlock, with_frozen_routing
+from .routing import MoEBlock, join_routing, with_frozen_routing
 
 
 class Looped(nn.Module):
@@ -127,15 +139,12 @@ class Looped(nn.Module):
         loop = None if self.is_unlooped else self._loop
         if loop is None and input_embeddings is None:
             return super().__call__(inputs, cache)
-        if getattr(self.model, "pipeline_size", 1) > 1:
-            raise UserError("a model split into a pipeline cannot loop: set loop=None")
-        h = self.model.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        h = self._embed(inputs) if input_embeddings is None else input_embeddings
         looped = 0 if loop is None else self._count_looped(loop, cache, h.shape[1])
         # The tokens that loop come first and cannot see the others, so they go first.
         parts = [(h[:, :looped], True), (h[:, looped:], False)]
         outs = [self._walk(x, cache, loop, loops) for x, loops in parts if x.shape[1]]
-        h = self.model.norm(outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1))
-        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
+        return self._logits(outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1))
 
     def masks(self, h: mx.array, caches: Sequence[Any]) -> Sequence[Any]:
         """The attention mask of each layer, as mlx-lm's own model makes it.
@@ -155,43 +164,136 @@ class Looped(nn.Module):
             loop: None: there is no window.
             loops: whether these tokens loop, or pass the window once.
         """
-        layers = self.layers
-        entries = [None] * len(layers) if cache is None else cache
+        entries = [None] * len(self.layers) if cache is None else cache
         masks = self.masks(h, [entry and histories(entry)[0] for entry in entries])
         window = range(0) if loop is None else loop.layers
-        for i in range(window.start):
-            h = layers[i](h, masks[i], entries[i])
+        h = self._through(range(window.start), h, masks, entries)
         if loop is not None:
-            size = len(window) if loop.scope == "block" else 1
-            for i in window[::size]:
-                part = slice(i, i + size)
-                h = self._window(h, layers[part], masks[part], entries[part], loop, loops)
-        for i in range(window.stop, len(layers)):
-            h = layers[i](h, masks[i], entries[i])
+            for part in _parts(loop):
+                h = self._window(h, part, masks, entries, loop, loops)
+        return self._through(range(window.stop, len(self.layers)), h, masks, entries)
+
+    def _through(
+        self, layers: range, h: mx.array, masks: Sequence[Any], entries: Sequence[Any]
+    ) -> mx.array:
+        for i in layers:
+            h = self.layers[i](h, masks[i], entries[i])
         return h
 
     def _window(
         self,
         h: mx.array,
-        layers: Sequence[nn.Module],
+        part: range,
         masks: Sequence[Any],
         entries: Sequence[Any],
         loop: LoopConfig,
         loops: bool,
     ) -> mx.array:
-        """What is iterated as one: the whole window, or in layer scope one of its layers."""
-        if loops and loop.routing == "frozen" and self.moe is not None:
-            layers = [with_frozen_routing(layer, self.moe) for layer in layers]
-        kv = [policy(loop.cache, entry, h.shape[1]) for entry in entries]
-        g = _Window(layers, masks, kv)
+        """The layers `part`, which are iterated as one."""
+        layers = self._for_loop(part, loop) if loops else [self.layers[i] for i in part]
+        kv = [policy(loop.cache, entries[i], h.shape[1]) for i in part]
+        g = _Window(layers, [masks[i] for i in part], kv)
         h = integrate(g, h, loop) if loops else g(h)
-        if loops and loop.cache == "last" and entries[0] is not None:
+        if loops and loop.cache == "last" and entries[part[0]] is not None:
             # MLX is lazy: of this pass only keys and values are read, so of the last layer
             # nothing else is computed.
             g(h)
         for entry in kv:
             entry.close()
         return h
+
+    def _for_loop(self, part: range, loop: LoopConfig) -> list[nn.Module]:
+        """These layers, as one loop over them needs them."""
+        layers = [self.layers[i] for i in part]
+        if loop.routing == "frozen" and self.moe is not None:
+            return [with_frozen_routing(layer, self.moe) for layer in layers]
+        return layers
+
+    def _embed(self, tokens: mx.array) -> mx.array:
+        if getattr(self.model, "pipeline_size", 1) > 1:
+            raise UserError("a model split into a pipeline cannot loop: set loop=None")
+        return self.model.embed_tokens(tokens)
+
+    def _logits(self, h: mx.array) -> mx.array:
+        h = self.model.norm(h)
+        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
+
+    # --- The forward pass in two halves, for speculative decoding ---
+    #
+    # Up to the first natural pass the plain and the looped model do the same, so `enter` serves
+    # both, and `leave_plain` and `leave_looped` go on from there. All need a model that loops,
+    # one sequence, a cache that can be trimmed, and key/value policy `first` or `own`.
+
+    def enter(self, tokens: mx.array, cache: Sequence[Any]) -> Natural:
+        """Prelude and first natural pass of tokens (1, length), int; writes their entries there."""
+        loop, h, past = self._looping(), self._embed(tokens), position(cache[0])
+        part = _parts(loop)[0]
+        masks = self._masks_at(past, h)
+        entries = [histories(entry)[0] for entry in cache]
+        x0 = h = self._through(range(part.start), h, masks, entries)
+        layers, outputs = self._for_loop(part, loop), []
+        for i, layer in zip(part, layers, strict=True):
+            h = layer(h, masks[i], entries[i])
+            outputs.append(h)
+        return Natural(past, x0, outputs, layers)
+
+    def leave_plain(self, natural: Natural, cache: Sequence[Any]) -> mx.array:
+        """The plain model's logits (1, length, vocab); writes entries that are not the loop's."""
+        part = _parts(self._looping())[0]
+        h = natural.outputs[-1]
+        masks = self._masks_at(natural.past, h)
+        entries = [histories(entry)[0] for entry in cache]
+        return self._logits(self._through(range(part.stop, len(cache)), h, masks, entries))
+
+    def leave_looped(self, natural: Natural, cache: Sequence[Any]) -> mx.array:
+        """The looped model's logits (1, length, vocab), as if each token had been fed alone.
+
+        It replaces the entries that `leave_plain` wrote.
+        """
+        loop, h = self._looping(), natural.x0
+        first, *others = _parts(loop)
+        rewind(cache[first.stop :], natural.past)
+        masks = self._masks_at(natural.past, h)
+        h = self._window_side_by_side(h, first, masks, natural.past, cache, loop, natural)
+        for part in others:
+            h = self._window_side_by_side(h, part, masks, natural.past, cache, loop, None)
+        return self._logits(self._through(range(loop.layers.stop, len(cache)), h, masks, cache))
+
+    def _window_side_by_side(
+        self,
+        h: mx.array,
+        part: range,
+        masks: Sequence[Any],
+        past: int,
+        cache: Sequence[Any],
+        loop: LoopConfig,
+        natural: Natural | None,
+    ) -> mx.array:
+        """As `_window`, each token as if fed alone. Under `own` that is so for any tokens."""
+        length = h.shape[1]
+        here = [masks[i] for i in part]
+        kv: list[Own | FirstSideBySide]
+        if loop.cache == "own":
+            kv, later = [Own(cache[i], length) for i in part], here
+        else:
+            kv = [FirstSideBySide(cache[i], length) for i in part]
+            later = [side_by_side(mask, past, length) for mask in here]
+        layers = natural.layers if natural else self._for_loop(part, loop)
+        g = _Window(layers, here, kv, later, natural.outputs if natural else ())
+        h = integrate(g, h, loop)
+        for entry in kv:
+            entry.close()
+        return h
+
+    def _looping(self) -> LoopConfig:
+        assert self._loop is not None
+        return self._loop
+
+    def _masks_at(self, past: int, h: mx.array) -> Sequence[Any]:
+        """The masks of tokens that come after `past` others, whatever the cache holds already."""
+        ruler = KVCache()
+        ruler.offset = past
+        return self.masks(h, [ruler] * len(self.layers))
 
     # --- Caches ---
 
@@ -222,20 +324,74 @@ class Looped(nn.Module):
         return passes(self._loop)
 
 
-class _Window:
-    """g: one pass over some layers. It counts its evaluations for the key/value policy."""
+@dataclass
+class Natural:
+    """What the plain and the looped pass over some tokens share: all up to the natural pass.
 
-    def __init__(self, layers: Sequence[Any], masks: Sequence[Any], kv: Sequence[Any]):
-        self._blocks = list(zip(layers, masks, kv, strict=True))
+    Args:
+        past: tokens before these.
+        x0: (1, length, hidden), what enters the window.
+        outputs: of each layer of what is iterated first, (1, length, hidden) each.
+        layers: those layers; with frozen routing they know the experts that this pass chose.
+    """
+
+    past: int
+    x0: mx.array
+    outputs: list[mx.array]
+    layers: list[nn.Module]
+
+    @classmethod
+    def join(cls, parts: Sequence[Natural], moe: MoEBlock | None) -> Natural:
+        """One for the tokens of all parts, which follow each other."""
+        layers = parts[0].layers
+        if moe is not None:
+            columns = zip(*(part.layers for part in parts), strict=True)
+            layers = [join_routing(column, moe) for column in columns]
+        outputs = zip(*(part.outputs for part in parts), strict=True)
+        return cls(
+            parts[0].past,
+            mx.concatenate([part.x0 for part in parts], axis=1),
+            [mx.concatenate(list(output), axis=1) for output in outputs],
+            layers,
+        )
+
+
+class _Window:
+    """g: one pass over some layers. It counts its evaluations for the key/value policy.
+
+    Args:
+        masks, later_masks: of the natural evaluation and of later ones; None: the same.
+        outputs: of each layer in the natural evaluation, where that has been done; else none.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        masks: Sequence[Any],
+        kv: Sequence[Any],
+        later_masks: Sequence[Any] | None = None,
+        outputs: Sequence[mx.array] = (),
+    ):
+        self._layers, self._kv, self._outputs = layers, kv, outputs
+        self._masks, self._later_masks = masks, masks if later_masks is None else later_masks
         self._evaluation = 0
 
     def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:
-        for i, (layer, mask, kv) in enumerate(self._blocks):
-            x = layer(x, mask, kv.view(self._evaluation))
+        natural = self._evaluation == 0
+        masks = self._masks if natural else self._later_masks
+        for i, (layer, mask, kv) in enumerate(zip(self._layers, masks, self._kv, strict=True)):
+            view = kv.view(self._evaluation)
+            x = self._outputs[i] if natural and self._outputs else layer(x, mask, view)
             if between is not None:
                 x = between(i, x)
         self._evaluation += 1
         return x
+
+
+def _parts(loop: LoopConfig) -> list[range]:
+    """The layers that are iterated as one: the whole window, or in layer scope one at a time."""
+    size = len(loop.layers) if loop.scope == "block" else 1
+    return [loop.layers[i : i + size] for i in range(0, len(loop.layers), size)]
 
 
 def layer_passes(loop: LoopConfig | None, num_layers: int) -> int:
