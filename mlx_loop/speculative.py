@@ -152,8 +152,9 @@ class Pace:
     """How many tokens to draft: what makes the expected cost of a token least.
 
     With acceptance rate r a round of n drafts yields 1 + r + ... + r^n tokens (Leviathan et al.,
-    section 3.1). The rate is a running one: what was seen fades, so a text that turns easy or
-    hard is noticed, and after a while without drafts one is tried again.
+    section 3.1). The rate is a running one, of drafts whose predecessors were right: what was seen
+    fades, so a text that turns easy or hard is noticed, and after a while without drafts one is
+    tried again.
 
     Args:
         draft_cost, check_cost: of a drafted token and of a check, in the same unit.
@@ -161,7 +162,7 @@ class Pace:
     """
 
     FADE = 0.95
-    PRIOR = (1.8, 0.2)
+    PRIOR = (1.9, 0.1)
 
     def __init__(self, draft_cost: float, check_cost: float, most: int):
         self._draft_cost, self._check_cost, self._most = draft_cost, check_cost, most
@@ -182,7 +183,7 @@ class Pace:
         return min(range(min(self._most, room) + 1), key=cost)
 
     def record(self, kept: int, drafted: int) -> None:
-        """Of a round: of `drafted` tokens the first `kept` were right and the next one was not."""
+        """Of a round: of `drafted` tokens the first `kept` were right, and the next was not."""
         self._kept = self.FADE * self._kept + kept
         self._rejected = self.FADE * self._rejected + (kept < drafted)
 
@@ -293,8 +294,7 @@ def speculative_generate_step(
                 tokens = [*_ids(draft.tokens)[:accepted], int(follower)]
                 if left == max_tokens:
                     progress(len(prompt), len(prompt))
-                if draft.tokens.size:
-                    pace.record(accepted, draft.tokens.size)
+                pace.record(accepted, draft.tokens.size)
                 start, done = done, done + len(tokens)
                 rewind(prompt_cache, done)
                 for i, token in enumerate(tokens):

@@ -134,6 +134,8 @@ def test_a_seed_makes_sampling_repeatable(capsys):
         (["--chat-template-config", "{"], "JSON"),
         (["--prompt-cache-file", "./none.safetensors"], "cache_prompt"),
         (["--adapter-path", "./none"], "none"),
+        (["--draft", "self", "--cache", "last"], "cache='last'"),
+        (["--draft", "./nowhere"], "no folder"),
         (["--unknown"], "--unknown"),
     ],
 )
