@@ -71,7 +71,7 @@ def stream_generate(
         UserError: as `check_prompt`, and `speculative.check` where something drafts.
     """
     if "draft_model" in kwargs:
-        raise UserError("pass the draft model as draft: several tokens are checked differently here")
+        raise UserError("pass the draft model as draft, not as draft_model")
     tokens = encode(tokenizer, prompt)
     if prompt_cache is None:
         prompt_cache = make_prompt_cache(model, max_kv_size)

@@ -139,7 +139,7 @@ class Looped(nn.Module):
         loop = None if self.is_unlooped else self._loop
         if loop is None and input_embeddings is None:
             return super().__call__(inputs, cache)
-        h = self._embed(inputs) if input_embeddings is None else input_embeddings
+        h = self._embed(inputs, input_embeddings)
         looped = 0 if loop is None else self._count_looped(loop, cache, h.shape[1])
         # The tokens that loop come first and cannot see the others, so they go first.
         parts = [(h[:, :looped], True), (h[:, looped:], False)]
@@ -209,10 +209,10 @@ class Looped(nn.Module):
             return [with_frozen_routing(layer, self.moe) for layer in layers]
         return layers
 
-    def _embed(self, tokens: mx.array) -> mx.array:
+    def _embed(self, tokens: mx.array, embeddings: mx.array | None = None) -> mx.array:
         if getattr(self.model, "pipeline_size", 1) > 1:
             raise UserError("a model split into a pipeline cannot loop: set loop=None")
-        return self.model.embed_tokens(tokens)
+        return self.model.embed_tokens(tokens) if embeddings is None else embeddings
 
     def _logits(self, h: mx.array) -> mx.array:
         h = self.model.norm(h)
@@ -251,12 +251,10 @@ class Looped(nn.Module):
         It replaces the entries that `leave_plain` wrote.
         """
         loop, h = self._looping(), natural.x0
-        first, *others = _parts(loop)
-        rewind(cache[first.stop :], natural.past)
+        rewind(cache[_parts(loop)[0].stop :], natural.past)
         masks = self._masks_at(natural.past, h)
-        h = self._window_side_by_side(h, first, masks, natural.past, cache, loop, natural)
-        for part in others:
-            h = self._window_side_by_side(h, part, masks, natural.past, cache, loop, None)
+        for part in _parts(loop):
+            h = self._window_side_by_side(h, part, masks, cache, loop, natural)
         return self._logits(self._through(range(loop.layers.stop, len(cache)), h, masks, cache))
 
     def _window_side_by_side(
@@ -264,22 +262,22 @@ class Looped(nn.Module):
         h: mx.array,
         part: range,
         masks: Sequence[Any],
-        past: int,
         cache: Sequence[Any],
         loop: LoopConfig,
-        natural: Natural | None,
+        natural: Natural,
     ) -> mx.array:
         """As `_window`, each token as if fed alone. Under `own` that is so for any tokens."""
-        length = h.shape[1]
-        here = [masks[i] for i in part]
+        length, here = h.shape[1], [masks[i] for i in part]
         kv: list[Own | FirstSideBySide]
         if loop.cache == "own":
             kv, later = [Own(cache[i], length) for i in part], here
         else:
             kv = [FirstSideBySide(cache[i], length) for i in part]
-            later = [side_by_side(mask, past, length) for mask in here]
-        layers = natural.layers if natural else self._for_loop(part, loop)
-        g = _Window(layers, here, kv, later, natural.outputs if natural else ())
+            later = [side_by_side(mask, natural.past, length) for mask in here]
+        if part.start == loop.layers.start:
+            g = _Window(natural.layers, here, kv, later, natural.outputs)
+        else:
+            g = _Window(self._for_loop(part, loop), here, kv, later)
         h = integrate(g, h, loop)
         for entry in kv:
             entry.close()

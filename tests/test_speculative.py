@@ -460,7 +460,7 @@ def test_a_conversation_goes_on_after_an_interruption(demo, draft):
         (LoopConfig(), {"max_kv_size": 64}, "RotatingKVCache"),
         (LoopConfig(), {"logits_processors": [lambda tokens, logits: logits]}, "logits_processors"),
         (LoopConfig(), {"draft": "elf"}, "'self', 'lookup'"),
-        (LoopConfig(), {"draft_model": None}, "as draft"),
+        (LoopConfig(), {"draft_model": None}, "as draft,"),
     ],
 )
 def test_what_cannot_be_exact_is_refused(demo, loop, settings, words):
