@@ -13,6 +13,7 @@ from . import __version__
 from .errors import INTERRUPTED, USER_ERROR, UserError
 from .options import (
     add_cache_options,
+    add_draft_options,
     add_loop_options,
     add_model_options,
     add_prefill_option,
@@ -41,6 +42,7 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     add_loop_options(parser)
     add_sampling_options(parser, max_tokens=512)
     add_cache_options(parser)
+    add_draft_options(parser)
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:
@@ -53,15 +55,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     add_loop_options(parser)
     add_sampling_options(parser, max_tokens=256)
     add_cache_options(parser)
-    group = parser.add_argument_group("speculative decoding")
-    group.add_argument("--draft-model", metavar="NAME", help="a small model that drafts tokens")
-    group.add_argument(
-        "--num-draft-tokens",
-        type=positive,
-        default=3,
-        metavar="N",
-        help="tokens to draft at a time (default: %(default)s)",
-    )
+    add_draft_options(parser)
 
 
 def _cache_prompt(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +156,7 @@ COMMANDS = {
   mlx_loop chat --model mlx-community/Qwen3-4B-Instruct-2507-4bit
   mlx_loop chat --loops 6 --integrator anchored --beta 0.3
   mlx_loop chat --loops 1                           the plain model
+  mlx_loop chat --loops 6 --draft self              the same answers, sooner
 In the chat, /help lists what can be changed while it runs.""",
     ),
     "generate": (

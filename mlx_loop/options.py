@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from .loop import Looped
+    from .sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -352,6 +353,28 @@ def add_prefill_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_draft_options(parser: argparse.ArgumentParser) -> None:
+    """Speculative decoding: who drafts, and how much."""
+    group = parser.add_argument_group(
+        "speculative decoding",
+        "Tokens are drafted cheaply and checked several at a time: the same answer, sooner.",
+    )
+    group.add_argument(
+        "--draft",
+        metavar="{self,lookup,MODEL}",
+        help="what drafts: self, the model without its loops; lookup, the text so far; or a small "
+        "model with the same tokens",
+    )
+    group.add_argument(
+        "--num-draft-tokens",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="the most tokens to draft at a time; how many is decided by how many were right "
+        "before (default: %(default)s)",
+    )
+
+
 def load_from(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
     """The model and tokenizer that the options ask for, with the loop settings they ask for."""
     given = {
@@ -404,16 +427,33 @@ def generation_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> di
     }
 
 
-def sampler_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Callable:
+def sampler_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Sampler:
     """The sampler that the options ask for."""
-    from mlx_lm.sample_utils import make_sampler
+    from .sampling import Sampler
 
-    return make_sampler(
+    return Sampler(
         args.temp,
         args.top_p,
         args.min_p,
-        top_k=args.top_k,
+        args.top_k,
         xtc_probability=args.xtc_probability,
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
     )
+
+
+def draft_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
+    """Arguments of `stream_generate` that the options of speculative decoding ask for."""
+    from .loading import load
+    from .speculative import ModelDraft
+
+    draft: Any = args.draft
+    if draft not in (None, "self", "lookup"):
+        model, its_tokenizer = load(draft, loop=None)
+        if its_tokenizer.vocab_size != tokenizer.vocab_size:
+            raise UserError(
+                f"--draft {draft} has {its_tokenizer.vocab_size} tokens and the model has "
+                f"{tokenizer.vocab_size}: use a model with the same tokenizer, self or lookup"
+            )
+        draft = ModelDraft(model)
+    return {"draft": draft, "num_draft_tokens": args.num_draft_tokens}

@@ -100,18 +100,3 @@ def test_an_empty_prompt_is_refused(demo):
     model, tokenizer = demo
     with pytest.raises(UserError, match="empty"):
         mlx_loop.generate(model, tokenizer, [])
-
-
-def test_a_draft_model_changes_no_token_under_own(demo):
-    model, tokenizer = demo
-    prompt = prompt_for(tokenizer, "Tell me a story.")
-    looped = model.with_loop(LoopConfig(cache="own"))
-    expected = mlx_loop.generate(looped, tokenizer, prompt, max_tokens=30)
-    draft = model.with_loop(None)
-    found = list(
-        mlx_loop.stream_generate(
-            looped, tokenizer, prompt, max_tokens=30, draft_model=draft, num_draft_tokens=3
-        )
-    )
-    assert "".join(r.text for r in found) == expected
-    assert any(r.from_draft for r in found)

@@ -18,7 +18,7 @@ from ..config import LoopConfig
 from ..conversation import Conversation, Interrupted
 from ..errors import UserError
 from ..files import whole_file
-from ..options import generation_from, load_from, parse_setting
+from ..options import draft_from, generation_from, load_from, parse_setting
 from ..prompt_line import needed, piped_lines, typed_lines
 from ..terminal import (
     describe,
@@ -35,6 +35,7 @@ from ..terminal import (
 def run(args: argparse.Namespace) -> int:
     with err.status(f"loading {args.model}"):
         model, tokenizer = load_from(args)
+        draft = draft_from(args, tokenizer)
     conversation = Conversation(
         model,
         tokenizer,
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         max_kv_size=args.max_kv_size,
         template=args.chat_template_config,
     )
-    chat = Chat(conversation, args.model, generation_from(args, tokenizer))
+    chat = Chat(conversation, args.model, generation_from(args, tokenizer) | draft)
     interactive = is_interactive()
     if interactive:
         chat.greet()
@@ -80,11 +81,13 @@ class Chat:
     def answer(self, text: str) -> None:
         """Stream the answer to `text`, then one line of numbers."""
         response: GenerationResponse | None = None
+        drafted = 0
         step = self.generation["prefill_step_size"]
         with interruptible() as stop, prompt_progress(step, stop) as progress:
             stream = self.conversation.reply(text, progress, **self.generation)
             try:
                 for response in stream:
+                    drafted += response.from_draft
                     out.out(response.text, end="", style="cyan", highlight=False)
                     out.file.flush()
                     if stop.is_set():
@@ -95,7 +98,7 @@ class Chat:
         if stop.is_set():
             out.print("stopped", style="yellow")
         if response is not None:
-            line = numbers(response, self.conversation.model)
+            line = numbers(response, self.conversation.model, drafted)
             out.print(line, style="dim", soft_wrap=not out.is_terminal)
 
     # --- Commands ---
@@ -137,6 +140,12 @@ class Chat:
         name, _, value = needed(argument, "/set beta 0.3").partition(" ")
         self._change(name, needed(value.strip(), f"/set {name} VALUE"))
         self._show_loop()
+
+    def draft(self, argument: str) -> None:
+        if argument not in ("self", "lookup", "off"):
+            raise UserError("write /draft self, /draft lookup or /draft off")
+        self.generation["draft"] = None if argument == "off" else argument
+        out.print(f"draft {argument}", style="dim")
 
     def info(self, _: str) -> None:
         model = self.conversation.model
@@ -211,6 +220,7 @@ COMMANDS = {
     "set": _Command(
         Chat.set, "FIELD VALUE", "any loop setting: integrator, beta, cache, decode, ..."
     ),
+    "draft": _Command(Chat.draft, "self | lookup | off", "the same answers sooner: what drafts"),
     "info": _Command(Chat.info, "", "model, settings, what the cache holds"),
     "system": _Command(Chat.system, "TEXT", "the system message; empty: none"),
     "reset": _Command(Chat.reset, "", "forget the conversation"),
