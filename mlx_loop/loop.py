@@ -430,7 +430,7 @@ class _Window:
 
 def _norm(layer: Any) -> RMSNorm | None:
     """What a layer begins with, if an update can take it along, which pays where it is a kernel."""
-    norm = layer.get("input_layernorm")
+    norm = getattr(layer, "input_layernorm", None)
     return RMSNorm(norm.weight, norm.eps) if on_gpu() and type(norm) is nn.RMSNorm else None
 
 
