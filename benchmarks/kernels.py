@@ -4,9 +4,9 @@
     python benchmarks/kernels.py --out results.json    keep the numbers
 
 Launches and bytes are counted in MLX's own graphs, for bfloat16 states, on any machine: what each
-operation that moves data reads and writes. Times are ratios, measured in turn in one process; the floor is the time of
-the kernel's bytes at the bandwidth of a copy as large as the state. Without a GPU the kernel cannot
-run and its plain-MLX twin, one compiled graph, is measured in its place.
+operation that moves data reads and writes. Times are ratios, measured in turn in one process; the
+floor is the time of the kernel's bytes at the bandwidth of a copy as large as the state. Without a
+GPU the kernel cannot run; its plain-MLX twin, one compiled graph, is measured in its place.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ UPDATES = {
     "anderson, memory 2": Variant("anderson", 6),
 }
 # (batch, length, hidden): a decoded token of a 4B and an 8B model, a prompt of each.
-SHAPES = ((1, 1, 2560), (1, 1, 4096), (1, 512, 2560), (1, 1024, 4096))
+SHAPES = ((1, 1, 2560), (1, 1, 4096), (1, 512, 2560), (1, 512, 4096))
 
 # Operations that give another view of a buffer and launch nothing.
 VIEWS = {"Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice", "Squeeze", "Unflatten"}
