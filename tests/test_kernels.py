@@ -16,7 +16,7 @@ from gpu_on_host import Job, Memory
 
 from mlx_loop import LoopConfig
 from mlx_loop.integrators import INTEGRATORS, integrate, passes
-from mlx_loop.kernels import combine, on_gpu
+from mlx_loop.kernels import Anderson, combine, on_gpu, update
 from mlx_loop.kernels.source import Variant, launch
 from mlx_loop.kernels.update import twin
 from mlx_loop.presets import resolve
@@ -208,6 +208,7 @@ CASES = [
     Case(Variant("anderson", 4), (2, 1, 20), F32),
     Case(Variant("anderson", 6), (1, 2, 260), BF16),
     Case(Variant("anderson", 8), (1, 1, 2050), F32),
+    Case(Variant("anderson", 4), (1, 1, 8192), F16),
     Case(Variant("anderson", 6, rescaled=True, norms=True), (1, 3, 96), F16),
     Case(Variant("linear", 2, measured=2), (2, 3, 40), BF16),
     Case(Variant("linear", 2, rms_norm=True), (2, 3, 72), F16),
@@ -358,6 +359,15 @@ def test_more_than_eight_states_take_a_launch_for_every_seven():
     assert nodes(many, mx.zeros((1, 2, 8)))["CustomKernel"] == 3
 
 
+@pytest.mark.parametrize(("states", "hidden"), [(4, 8192), (6, 6144), (8, 4096)])
+def test_anderson_has_a_kernel_as_far_as_its_states_fit_into_registers(states, hidden):
+    def mix(x):
+        return update(Anderson(1.0), [mx.sin(x) for _ in range(states)]).out
+
+    assert nodes(mix, mx.zeros((1, 1, hidden)))["CustomKernel"] == 1
+    assert "CustomKernel" not in nodes(mix, mx.zeros((1, 1, hidden + 4)))
+
+
 def test_a_slice_of_any_rank_goes_to_the_kernel_as_a_view():
     def strided(x):
         return combine((0.5, 0.5), (x[..., 1:4, :], x[..., 2:5, :]))
@@ -376,8 +386,11 @@ def test_the_gpu_computes_every_update(case):
     case.check([np.array(x.astype(F32), np.float64) for x in outputs])
 
 
-# Not all: MLX compiles C++ for each.
-@pytest.mark.parametrize("case", CASES[2::4], ids=str)
+# Not all: MLX compiles C++ for each. RMSNorm is in the twin what it is in MLX, rounded in between.
+TWINS = [case for case in CASES[2::4] if not case.variant.rms_norm]
+
+
+@pytest.mark.parametrize("case", TWINS, ids=str)
 def test_the_twin_computes_every_update(case):
     outputs = twin(case.variant)(*case.arrays())
     case.check([np.array(x.astype(F32), np.float64) for x in outputs])

@@ -16,6 +16,8 @@ import mlx.core as mx
 
 MAX_STATES = 8
 _MAX_THREADS = 512
+# Turns of four columns for each thread, up to which a row stays in registers.
+_KEPT_TURNS = 4
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ _BY_ROW = """
   constexpr int STATES = {states}, MEASURED = {measured}, ROWS = MEASURED + 1;
   constexpr int SUMS = MEASURED + {sized};
   constexpr int TURNS = (HIDDEN + 4 * THREADS - 1) / (4 * THREADS);
-  constexpr int KEPT = TURNS <= 4 ? TURNS : 0;
+  constexpr int KEPT = TURNS <= {kept_turns} ? TURNS : 0;
   constexpr int TEAMS = THREADS / 32;
   {token}
   float sums[SUMS], kept[KEPT ? KEPT : 1][4];
@@ -379,6 +381,7 @@ def body(variant: Variant) -> str:
     return _BY_ROW.format(
         **filled,
         measured=variant.measured,
+        kept_turns=_KEPT_TURNS,
         sized=int(variant.rescaled or variant.rms_norm or not variant.measured),
         mix=_ANDERSON.format(loads=loads) if mixes else "",
         report=_REPORT if variant.measured else "",
@@ -424,7 +427,8 @@ def fits(variant: Variant, hidden: int) -> bool:
     """Whether there is a kernel: as many buffers as it may have, and registers for `anderson`."""
     if variant.form == "anderson":
         turns = -(-hidden // (4 * threads(hidden)))
-        return variant.states <= MAX_STATES and (variant.states // 2 - 1) * turns <= 6
+        pairs = variant.states // 2 - 1
+        return variant.states <= MAX_STATES and turns <= _KEPT_TURNS and pairs * turns <= 6
     return variant.states <= MAX_STATES
 
 
