@@ -159,7 +159,7 @@ def main() -> None:
     console.print(table)
     console.print("time: over plain MLX. of the floor: the kernel's bytes at a copy's bandwidth.")
     if args.out is not None:
-        about = {"machine": machine(), "measured": form, "dtype": str(dtype), "mlx": mx.__version__}
+        about = {"machine": machine(), "measured": form, "timed": str(dtype), "mlx": mx.__version__}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
