@@ -299,17 +299,17 @@ class _Loop:
 
     def __init__(self, g: Window, x0: mx.array, config: LoopConfig, norm: RMSNorm | None):
         self._g, self._x0, self._config, self._norm = g, x0, config, norm
-        self._natural: mx.array
+        self._natural: mx.array | None = None
         self._ends: mx.array | None = None
         self._formed: tuple[mx.array, mx.array | None] = (x0, None)
 
     def g(self, x: mx.array, between: Between | None = None) -> mx.array:
-        """One pass; the first one is the natural one."""
+        """One pass."""
         state, normed = self._formed
         if x is state and normed is not None:
             return self._g(x, between, normed)
         out = self._g(x) if between is None else self._g(x, between)
-        if x is self._x0:
+        if self._natural is None:
             self._natural = out
         return out
 
@@ -317,10 +317,10 @@ class _Loop:
         """Iterate k, or for None an intermediate stage, in `form` (`kernels.update`)."""
         at = None if k is None else self._norm_at(k)
         norm = None if k == self._config.loops else self._norm
-        rescale, measure = None, []
-        if at is not None:
-            rescale = Rescale(at, self._ends)
-        if at is not None and self._ends is None:
+        rescale = None if at is None else Rescale(at, self._ends)
+        measure: list[list[float]] = []
+        if rescale is not None and self._ends is None:
+            assert self._natural is not None
             ends = (self._x0, self._natural)
             states = [*states, *(end for end in ends if all(end is not y for y in states))]
             measure = [[float(y is end) for y in states] for end in ends]

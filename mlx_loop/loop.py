@@ -430,8 +430,8 @@ class _Window:
 
 def _norm(layer: Any) -> RMSNorm | None:
     """What a layer begins with, if an update can take it along, which pays where it is a kernel."""
-    norm = getattr(layer, "input_layernorm", None)
-    return RMSNorm(norm.weight, norm.eps) if on_gpu() and type(norm) is nn.RMSNorm else None
+    norm = getattr(layer, "input_layernorm", None) if on_gpu() else None
+    return RMSNorm(norm.weight, norm.eps) if type(norm) is nn.RMSNorm else None
 
 
 def _with_normed_input(layer: nn.Module, normed: mx.array) -> nn.Module:

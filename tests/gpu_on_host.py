@@ -8,6 +8,8 @@ The words of both languages get their meaning from the headers in tests/host.
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import re
 import shutil
 import struct
@@ -293,3 +295,53 @@ def encode(values: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
     """Values rounded to a dtype, as words of its size."""
     x = mx.array(values.astype(np.float32)).astype(dtype)
     return np.array(x.view(mx.uint16 if dtype.size == 2 else mx.uint32))
+
+
+# --- NVIDIA's compiler ----------------------------------------------------------------------
+
+CUDA_HEADERS = """#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+typedef int int32_t;
+typedef long long int64_t;
+template <typename T>
+struct Axes {
+  T at[8];
+  __device__ const T& operator[](int i) const { return at[i]; }
+};
+using Shape = Axes<int32_t>;
+using Strides = Axes<int64_t>;
+"""
+
+
+@cache
+def nvrtc() -> tuple[ctypes.CDLL, list[bytes]] | None:
+    """NVIDIA's compiler, which needs no GPU, and its options, where its wheels are installed."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in (spec.submodule_search_locations if spec else ())]
+    libraries = [path for root in roots for path in root.glob("*/lib/libnvrtc.so.*")]
+    headers = [path.parent for root in roots for path in root.glob("*/include/cuda_bf16.h")]
+    if not libraries or not headers:
+        return None
+    includes = [f"--include-path={path}".encode() for path in headers]
+    return ctypes.CDLL(str(libraries[0])), [*includes, b"--gpu-architecture=compute_80"]
+
+
+def ptx(function: Function) -> str:
+    """What NVIDIA's compiler makes of a CUDA function."""
+    library, options = nvrtc()
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    text = (CUDA_HEADERS + function.text).encode()
+    library.nvrtcCreateProgram(ctypes.byref(program), text, b"kernel.cu", 0, None, None)
+    failed = library.nvrtcCompileProgram(
+        program, len(options), (ctypes.c_char_p * len(options))(*options)
+    )
+    get, get_size = (
+        (library.nvrtcGetProgramLog, library.nvrtcGetProgramLogSize)
+        if failed
+        else (library.nvrtcGetPTX, library.nvrtcGetPTXSize)
+    )
+    get_size(program, ctypes.byref(size))
+    content = ctypes.create_string_buffer(size.value)
+    get(program, content)
+    assert not failed, content.value.decode()
+    return content.value.decode()

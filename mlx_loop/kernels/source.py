@@ -16,6 +16,8 @@ import mlx.core as mx
 
 MAX_STATES = 8
 _MAX_THREADS = 512
+# Turns of four columns for each thread, up to which a row stays in registers.
+_KEPT_TURNS = 4
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ void store4(thread const float* from, int count, device T* to) {
   if (count == 4) {
     for (int k = 0; k < 4; ++k) to[k] = static_cast<T>(from[k]);
   } else {
-    for (int k = 0; k < count; ++k) to[k] = static_cast<T>(from[k]);
+    for (int k = 0; k < 4; ++k) {
+      if (k < count) to[k] = static_cast<T>(from[k]);
+    }
   }
 }
 
@@ -133,7 +137,9 @@ __device__ void store4(const float* from, int count, T* to) {
     for (int k = 0; k < 4; ++k) four.at[k] = static_cast<T>(from[k]);
     *reinterpret_cast<Four<T>*>(to) = four;
   } else {
-    for (int k = 0; k < count; ++k) to[k] = static_cast<T>(from[k]);
+    for (int k = 0; k < 4; ++k) {
+      if (k < count) to[k] = static_cast<T>(from[k]);
+    }
   }
 }
 
@@ -166,6 +172,7 @@ _CUDA_INDICES = {
 # --- Bodies ---------------------------------------------------------------------------------
 
 _LINEAR = """z[0][k] = coefficients[0] * y[0][k];
+#pragma unroll
         for (int j = 1; j < STATES; ++j) z[0][k] += coefficients[j] * y[j][k];"""
 
 _AITKEN = """const float d1 = y[1][k] - y[0][k];
@@ -241,8 +248,10 @@ _FORM = """const int count = HIDDEN % 4 && HIDDEN - column < 4 ? HIDDEN - column
       {loads}
       for (int k = 0; k < 4; ++k) {{
         {form}
+#pragma unroll
         for (int r = 1; r < ROWS; ++r) {{
           z[r][k] = 0;
+#pragma unroll
           for (int j = 0; j < STATES; ++j) z[r][k] += coefficients[r * STATES + j] * y[j][k];
         }}
       }}"""
@@ -270,11 +279,12 @@ _BY_ROW = """
   constexpr int STATES = {states}, MEASURED = {measured}, ROWS = MEASURED + 1;
   constexpr int SUMS = MEASURED + {sized};
   constexpr int TURNS = (HIDDEN + 4 * THREADS - 1) / (4 * THREADS);
-  constexpr int KEPT = TURNS <= 4 ? TURNS : 0;
+  constexpr int KEPT = TURNS <= {kept_turns} ? TURNS : 0;
   constexpr int TEAMS = THREADS / 32;
   {token}
   float sums[SUMS], kept[KEPT ? KEPT : 1][4];
   {mix}
+#pragma unroll
   for (int s = 0; s < SUMS; ++s) sums[s] = 0;
 #pragma unroll 4
   for (int turn = 0; turn < TURNS; ++turn) {{
@@ -282,6 +292,7 @@ _BY_ROW = """
     if (column < HIDDEN) {{
       {formed}
       for (int k = 0; k < 4; ++k) {{
+#pragma unroll
         for (int s = 0; s < SUMS; ++s) {{
           const float value = z[s < MEASURED ? s + 1 : 0][k];
           sums[s] += value * value;
@@ -292,11 +303,13 @@ _BY_ROW = """
   }}
 
   LOOP_SHARED float partial[SUMS][TEAMS];
+#pragma unroll
   for (int s = 0; s < SUMS; ++s) {{
     sums[s] = mlx_loop::lanes_sum(sums[s]);
     if (lane == 0) partial[s][team] = sums[s];
   }}
   LOOP_BARRIER;
+#pragma unroll
   for (int s = 0; s < SUMS; ++s) sums[s] = mlx_loop::lanes_sum(lane < TEAMS ? partial[s][lane] : 0);
 
   {report}
@@ -324,6 +337,7 @@ _BY_ROW = """
 
 _REPORT = """if (worker < MEASURED) {
     float square = sums[0];
+#pragma unroll
     for (int s = 1; s < MEASURED; ++s) square = worker == s ? sums[s] : square;
     measured[int64_t(row) * MEASURED + worker] = sqrt(square);
   }"""
@@ -367,6 +381,7 @@ def body(variant: Variant) -> str:
     return _BY_ROW.format(
         **filled,
         measured=variant.measured,
+        kept_turns=_KEPT_TURNS,
         sized=int(variant.rescaled or variant.rms_norm or not variant.measured),
         mix=_ANDERSON.format(loads=loads) if mixes else "",
         report=_REPORT if variant.measured else "",
@@ -412,7 +427,8 @@ def fits(variant: Variant, hidden: int) -> bool:
     """Whether there is a kernel: as many buffers as it may have, and registers for `anderson`."""
     if variant.form == "anderson":
         turns = -(-hidden // (4 * threads(hidden)))
-        return variant.states <= MAX_STATES and (variant.states // 2 - 1) * turns <= 6
+        pairs = variant.states // 2 - 1
+        return variant.states <= MAX_STATES and turns <= _KEPT_TURNS and pairs * turns <= 6
     return variant.states <= MAX_STATES
 
 

@@ -201,7 +201,7 @@ def plain(variant: Variant) -> Function:
         if measured:
             found.append(mx.concatenate(measured, axis=-1))
         if variant.rms_norm:
-            # As `mx.fast.rms_norm` computes it on the CPU, so that it is the layer's own bits.
+            # As `mx.fast.rms_norm` does on the CPU, so that it is the layer's own to the bit.
             wide = found[0].astype(mx.float32)
             mean = mx.mean(mx.square(wide), axis=-1, keepdims=True)
             normed = wide * mx.rsqrt(mean + coefficients[-1])
