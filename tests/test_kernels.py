@@ -243,7 +243,25 @@ FAULTS = {
     ),
 }
 FAULTY = {name: Case(*what, fault=fault) for name, (fault, what, _) in FAULTS.items()}
-ALL = [*CASES, *FAULTY.values()]
+
+
+def rounding(dtype):
+    """float32 numbers to be rounded, a third of them ties, from halves' subnormals to infinity."""
+    case = Case(norm_free(2), (1, 6, 512), dtype, (plain,))
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2**23, case.shape) | rng.integers(97, 145, case.shape) << 23
+    words |= rng.integers(0, 2, case.shape) << 31
+    cut = 24 - BITS[dtype]
+    words[:, ::3] = words[:, ::3] >> cut << cut | 1 << (cut - 1)
+    words = words.astype(np.uint32)
+    case.inputs[0] = Memory(*[np.array([1, 0, 0, 0], np.float32)] * 2, F32)
+    case.inputs[1] = Memory(words, words, F32)
+    case.inputs[2] = Memory(*[np.zeros(case.shape, np.uint16)] * 2, dtype)
+    return case
+
+
+ROUNDINGS = [rounding(F16), rounding(BF16)]
+ALL = [*CASES, *FAULTY.values(), *ROUNDINGS]
 # Threads are dear under ThreadSanitizer: tokens of several simdgroups, but not of dozens.
 CONCURRENT = [case for case in CASES if case.variant.by_row and case.shape[2] < 700]
 
@@ -271,6 +289,15 @@ def test_metal_text_computes_every_update(metal):
 @needs_compiler
 def test_metal_threads_do_not_race(metal):
     run(metal, "thread", CONCURRENT)
+
+
+@needs_compiler
+def test_the_hosts_16_bit_types_round_as_mlx_does(metal):
+    jobs = [Job(ALL.index(case), case.function, case.inputs) for case in ROUNDINGS]
+    found = gpu_on_host.run(metal["address,undefined"], jobs)
+    for case, (rounded,) in zip(ROUNDINGS, found, strict=True):
+        exact = mx.array(case.inputs[1].view.view(np.float32))
+        assert np.array_equal(rounded, np.array(exact.astype(case.dtype).astype(F32)))
 
 
 @needs_compiler
