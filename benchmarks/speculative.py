@@ -103,14 +103,16 @@ def counted_layers(model: Looped) -> Iterator[list[int]]:
         layer.__call__ = run
 
 
-def prompts(tokenizer: TokenizerWrapper, each: int) -> list[list[int]]:
-    """The first questions of each of the demo's skills, and a request for a longer answer."""
+def prompts(tokenizer: TokenizerWrapper, each: int, skill: str | None = None) -> list[list[int]]:
+    """The first questions of one of the demo's skills, or of all with a longer answer besides."""
     by_skill = defaultdict(list)
     for line in QUESTIONS.read_text().splitlines():
         question = json.loads(line)
         by_skill[question["skill"]].append(question["messages"])
-    chosen = [talk for talks in by_skill.values() for talk in talks[:each]]
-    chosen.append([{"role": "user", "content": "Tell me a story."}])
+    skills = by_skill if skill is None else [skill]
+    chosen = [talk for name in skills for talk in by_skill[name][:each]]
+    if skill is None:
+        chosen.append([{"role": "user", "content": "Tell me a story."}])
     return [tokenizer.apply_chat_template(talk, add_generation_prompt=True) for talk in chosen]
 
 
@@ -231,7 +233,7 @@ def acceptance(args: argparse.Namespace) -> None:
 def drafts(args: argparse.Namespace) -> None:
     model, tokenizer = mlx_loop.load(args.model, dtype="float32")
     looped = model.with_loop(LoopConfig(loops=6))
-    stop, asked = set(tokenizer.eos_token_ids), prompts(tokenizer, args.each)
+    stop, asked = set(tokenizer.eos_token_ids), prompts(tokenizer, args.each, args.skill)
     small = mlx_loop.load_model(args.draft_model, dtype="float32", loop=None)
     base, counts = Count(), defaultdict(Count)
     for prompt in track(asked, "drafting", console=ERR, transient=True):
@@ -373,6 +375,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="a checkpoint that talks as the demos do")
     parser.add_argument("--scope", choices=("block", "layer"), help="default: as preset")
     parser.add_argument("--draft-model", default="demo", help="drafts: another checkpoint")
+    parser.add_argument("--skill", help="drafts: prompts of this skill only, such as repeat")
     parser.add_argument("--each", type=int, default=3, help="prompts of each skill")
     parser.add_argument("--tokens", type=int, default=10_000, help="lossless: tokens to compare")
     parser.add_argument("--dtype", default="float32", help="lossless: of the model")
