@@ -14,8 +14,11 @@ from .errors import INTERRUPTED, USER_ERROR, UserError
 from .options import (
     add_cache_options,
     add_loop_options,
+    add_model_name,
     add_model_options,
+    add_quantization_options,
     add_sampling_options,
+    add_trust,
     positive,
 )
 
@@ -70,6 +73,21 @@ def _cache_prompt(parser: argparse.ArgumentParser) -> None:
     add_cache_options(parser)
 
 
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    add_model_name(parser)
+    parser.add_argument(
+        "--mlx-path",
+        default="mlx_model",
+        metavar="DIR",
+        help="the folder to write (default: %(default)s)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written")
+    add_trust(parser)
+    add_quantization_options(parser)
+    add_loop_options(parser)
+
+
 COMMANDS = {
     "chat": (
         _chat,
@@ -94,6 +112,16 @@ In the chat, /help lists what can be changed while it runs.""",
         """example:
   mlx_loop cache_prompt --prompt - --prompt-cache-file book.safetensors < book.txt
   mlx_loop generate --prompt-cache-file book.safetensors --prompt "Who is the narrator?" """,
+    ),
+    "quantize": (
+        _quantize,
+        "write a checkpoint in fewer bits, ready to loop",
+        """examples:
+  mlx_loop quantize --model Qwen/Qwen3-4B-Instruct-2507 --mlx-path qwen3-4b-4bit
+  mlx_loop quantize --model Qwen/Qwen3-4B-Instruct-2507 --q-recipe window8 --dry-run
+  mlx_loop quantize --model Qwen/Qwen3-4B-Instruct-2507 --bits-per-weight 4.5 --loops 4
+The checkpoint may be larger than memory: it is read, quantised and written matrix by matrix.
+Plain mlx-lm and LM Studio load the folder as the un-looped model.""",
     ),
 }
 

@@ -162,6 +162,16 @@ def _json_object(text: str) -> dict[str, Any]:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model and how it is loaded."""
     group = parser.add_argument_group("model")
+    add_model_name(group)
+    group.add_argument("--adapter-path", metavar="DIR", help="LoRA adapters, as mlx-lm makes them")
+    add_trust(group)
+    group.add_argument(
+        "--force", action="store_true", help="try even a model that does not fit into memory"
+    )
+
+
+def add_model_name(group: argparse._ActionsContainer) -> None:
+    """--model."""
     group.add_argument(
         "--model",
         default="demo",
@@ -169,11 +179,51 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="a folder, a Hugging Face repository, or a checkpoint that ships with mlx_loop "
         "(default: %(default)s)",
     )
-    group.add_argument("--adapter-path", metavar="DIR", help="LoRA adapters, as mlx-lm makes them")
+
+
+def add_trust(group: argparse._ActionsContainer) -> None:
+    """--trust-remote-code."""
     group.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="let the tokenizer run code that comes with the checkpoint",
+    )
+
+
+def add_quantization_options(parser: argparse.ArgumentParser) -> None:
+    """Widths, named as mlx-lm names them, and the recipe."""
+    group = parser.add_argument_group("quantisation")
+    group.add_argument(
+        "--q-bits", type=int, metavar="N", help="2, 3, 4, 5, 6 or 8 bits (default: 4)"
+    )
+    group.add_argument(
+        "--q-group-size",
+        type=int,
+        metavar="N",
+        help="weights that share a scale: 32, 64 or 128 (default: 64)",
+    )
+    group.add_argument(
+        "--q-mode",
+        choices=("affine", "mxfp4", "nvfp4", "mxfp8"),
+        default="affine",
+        help="number format; all but affine have one width and group size (default: %(default)s)",
+    )
+    group.add_argument(
+        "--q-recipe",
+        choices=("uniform", "window8", "budget"),
+        help="uniform: the same bits everywhere; window8: the looped layers in 8 bits; budget: "
+        "bits where the looped model's output needs them most",
+    )
+    group.add_argument(
+        "--bits-per-weight",
+        type=number(float, 0, 16, "a number of bits"),
+        metavar="B",
+        help="what the recipe budget may spend, scales included",
+    )
+    group.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="text on which the recipe budget measures (default: one that ships with mlx_loop)",
     )
 
 
@@ -277,21 +327,35 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 def load_from(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
     """The model and tokenizer that the options ask for, with the loop settings they ask for."""
-    from .loading import load, saved_loop
+    from .loading import load
 
-    given = {
+    LoopConfig(**_given(args))
+    model, tokenizer = load(
+        args.model,
+        adapter_path=args.adapter_path,
+        trust_remote_code=args.trust_remote_code,
+        force=args.force,
+    )
+    apply_loop(args, model)
+    return model, tokenizer
+
+
+def apply_loop(args: argparse.Namespace, model: Looped) -> None:
+    """Give a model the loop settings that the options ask for, on top of those saved with it."""
+    from .loading import saved_loop
+
+    given = _given(args)
+    start = saved_loop(model) if args.recipe is None else RECIPES[args.recipe]
+    if given or args.recipe is not None:
+        model.loop = replace(start or LoopConfig(), **given)
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    return {
         name: parse_setting(name, getattr(args, name))
         for name in SETTINGS
         if getattr(args, name) is not None
     }
-    LoopConfig(**given)
-    model, tokenizer = load(
-        args.model, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
-    )
-    start = saved_loop(model) if args.recipe is None else RECIPES[args.recipe]
-    if given or args.recipe is not None:
-        model.loop = replace(start or LoopConfig(), **given)
-    return model, tokenizer
 
 
 def generation_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
