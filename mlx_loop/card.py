@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from textwrap import dedent
 
-import mlx.core as mx
-import mlx_lm
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from mlx_lm.utils import compute_bits_per_weight
 
@@ -33,13 +32,15 @@ def write_card(folder: Path, model: Looped, name: str, recipe: str = "") -> None
         base_model=origin,
         license=_license(model),
     )
-    what = f"[{origin}](https://huggingface.co/{origin})" if origin else f"a {model.model_type} model"
+    what = f"A {model.model_type} model"
+    if origin:
+        what = f"[{origin}](https://huggingface.co/{origin})"
     loop = "off" if model.loop is None else str(model.loop)
     settings = "null" if model.loop is None else model.loop.to_json()
     text = f"""\
         # {name}
 
-        {what[0].upper() + what[1:]} in MLX format, with loop settings for
+        {what} in MLX format, with loop settings for
         [mlx_loop](https://pypi.org/project/mlx-loop/): its middle layers are applied several times
         at inference, as damped sub-steps of the one step that they were trained to be. The weights
         are those of the plain model; hosts that do not know loops run it as that. Whether looping
@@ -50,7 +51,7 @@ def write_card(folder: Path, model: Looped, name: str, recipe: str = "") -> None
         | quantisation | {recipe or "as the checkpoint it was made from"} |
         | bits per weight | {compute_bits_per_weight(model):.3f}, scales included |
         | loop | {loop} |
-        | made with | mlx_loop {__version__}, mlx-lm {mlx_lm.__version__}, mlx {mx.__version__} |
+        | made with | mlx_loop {__version__}, mlx-lm {version("mlx-lm")}, mlx {version("mlx")} |
 
         Looped, with the settings in config.json (`{settings}`):
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -44,7 +44,7 @@ def check(path: Path, config: Mapping[str, Any]) -> None:
         for name, place in places.items():
             if place == shard.name and name not in found:
                 raise UserError(f"{shard} lacks {name}, which the index says is there")
-        tensors.update(found)
+        tensors |= cast(dict[str, mx.array], found)
     _check_quantization(path, config, tensors)
 
 
@@ -109,7 +109,7 @@ def _check_params(file: Path, name: str, params: Any) -> None:
 
 
 def _fits(tensors: Mapping[str, mx.array], name: str, params: Mapping[str, Any]) -> bool:
-    """Whether packed weights (rows, columns * bits / 32) and scales (rows, columns / group) agree."""
+    """Whether weights (rows, columns * bits / 32) and scales (rows, columns / group) agree."""
     weight = tensors.get(f"{name}.weight")
     if weight is None or weight.dtype != mx.uint32:
         return True

@@ -88,6 +88,34 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     add_loop_options(parser)
 
 
+def _plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="demo",
+        metavar="MODEL",
+        help="a folder, a Hugging Face repository (its weights are not downloaded), or a "
+        "checkpoint that ships with mlx_loop (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ram",
+        type=positive,
+        default=16,
+        metavar="GB",
+        help="memory of the Mac in question (default: %(default)s)",
+    )
+    add_loop_options(parser)
+
+
+def _upload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--path", required=True, metavar="DIR", help="a folder that mlx_loop has written"
+    )
+    parser.add_argument(
+        "--upload-repo", required=True, metavar="NAME", help="the repository, such as you/qwen3-4b"
+    )
+
+
 COMMANDS = {
     "chat": (
         _chat,
@@ -122,6 +150,20 @@ In the chat, /help lists what can be changed while it runs.""",
   mlx_loop quantize --model Qwen/Qwen3-4B-Instruct-2507 --bits-per-weight 4.5 --loops 4
 The checkpoint may be larger than memory: it is read, quantised and written matrix by matrix.
 Plain mlx-lm and LM Studio load the folder as the un-looped model.""",
+    ),
+    "plan": (
+        _plan,
+        "say what a model needs of memory, and which Mac has it",
+        """examples:
+  mlx_loop plan Qwen/Qwen3-4B-Instruct-2507 --ram 8
+  mlx_loop plan Qwen/Qwen3-30B-A3B --ram 24 --loops 6 --cache own""",
+    ),
+    "upload": (
+        _upload,
+        "share a saved or quantised model on the Hugging Face hub",
+        """example:
+  hf auth login
+  mlx_loop upload --path qwen3-4b-4bit --upload-repo you/Qwen3-4B-Instruct-2507-looped-4bit""",
     ),
 }
 

@@ -106,9 +106,7 @@ def load_tokenizer(path: Path, settings: dict[str, Any]) -> TokenizerWrapper:
     if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
         raise UserError(f"{path} has no tokenizer files; mlx_loop.load_model needs none")
     try:
-        return mlx_lm_utils.load_tokenizer(
-            path, settings, eos_token_ids=config.get("eos_token_id")
-        )
+        return mlx_lm_utils.load_tokenizer(path, settings, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises a different kind for each missing file.
         raise UserError(f"cannot load the tokenizer in {path}: {_line(error)}") from error
 
@@ -188,9 +186,7 @@ def quantization_for(
     """
     assert model.path is not None
     if is_quantised(model):
-        raise UserError(
-            f"{model.path} is quantised already: give the checkpoint in full precision"
-        )
+        raise UserError(f"{model.path} is quantised already: give the checkpoint in full precision")
     widths = None
     if quantization.recipe == "budget":
         if calibration is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,7 +80,9 @@ class Quantization:
 
     def __str__(self) -> str:
         if self.recipe == "budget":
-            return f"budget of {self.bits_per_weight:g} bits per weight, groups of {self.group_size}"
+            return (
+                f"budget of {self.bits_per_weight:g} bits per weight, groups of {self.group_size}"
+            )
         width = f"{self.bits} bits" if self.mode == "affine" else self.mode
         rest = ", the loop's window in 8 bits" if self.recipe == "window8" else ""
         return f"{self.recipe}, {width}, groups of {self.group_size}{rest}"
@@ -107,16 +109,25 @@ def quantised_bytes(shape: tuple[int, ...], itemsize: int, params: Params) -> in
     return size * params["bits"] // 8 + size // params["group_size"] * per_group
 
 
-def matrices(model: nn.Module) -> dict[str, nn.Module]:
+def parameters(model: nn.Module) -> dict[str, mx.array]:
+    """All arrays of a model, by full name."""
+    return cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
+
+
+def leaves(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that have no modules in them, by path."""
+    found = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module, destination={})
+    return cast(dict[str, nn.Module], found)
+
+
+def matrices(model: nn.Module) -> dict[str, Any]:
     """The modules that MLX can quantise, by path."""
-    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    return {path: m for path, m in leaves if hasattr(m, "to_quantized") and "weight" in m}
+    return {path: m for path, m in leaves(model).items() if hasattr(m, "to_quantized")}
 
 
 def is_quantised(model: nn.Module) -> bool:
     """Whether any matrix is quantised already."""
-    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    return any("scales" in m for _, m in leaves)
+    return any("scales" in module for module in leaves(model).values())
 
 
 def layer_of(path: str) -> int | None:
@@ -215,7 +226,7 @@ def pieces(
     """
     checks: dict[str, list[mx.array]] = {}
     sources: dict[str, int] = {}
-    for name, array in tree_flatten(model.parameters()):
+    for name, array in parameters(model).items():
         owner = name.rpartition(".")[0]
         sources[owner] = sources.get(owner, 0) + array.nbytes
         if mx.issubdtype(array.dtype, mx.floating):
@@ -225,7 +236,7 @@ def pieces(
     if dtype is not None:
         model.set_dtype(dtype)
     found: dict[str, Piece] = {}
-    for name, array in tree_flatten(model.parameters()):
+    for name, array in parameters(model).items():
         owner = name.rpartition(".")[0]
         if owner not in found:
             found[owner] = Piece(owner, {}, checks.pop(owner, []), sources[owner])

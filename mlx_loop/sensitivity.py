@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import get_total_parameters
 
@@ -26,7 +26,9 @@ from .quantise import (
     choose,
     evaluate,
     layer_of,
+    leaves,
     matrices,
+    parameters,
     pieces,
     quantised_bytes,
 )
@@ -106,11 +108,12 @@ def damages(
         units.setdefault(path if layer is None else str(layer), []).append(path)
     originals = matrices(full)
     weights = {path: originals[path].weight.size for path in chosen}
-    dtype = mx.float32 if base.moe is not None and mx.default_device() == mx.cpu else None
+    # On the CPU MLX multiplies in bfloat16 far more slowly, and experts not at all.
+    dtype = mx.float32 if mx.default_device() == mx.cpu else None
     evaluate(pieces(base, chosen, dtype))
-    quantised = dict(tree_flatten(base.leaf_modules(), is_leaf=nn.Module.is_module))
+    quantised = leaves(base)
     before = _log_probabilities(base, tokens)
-    found = {}
+    found: dict[str, float] = {}
     for done, paths in enumerate(units.values()):
         progress(done, len(units))
         repaired = {path: originals.pop(path) for path in paths}
@@ -156,7 +159,9 @@ class Sizes:
     """
 
     def __init__(self, model: Looped, quantization: Quantization):
-        every = {bits: choose(model, Quantization(bits, quantization.group_size)) for bits in (2, 8)}
+        every = {
+            bits: choose(model, Quantization(bits, quantization.group_size)) for bits in (2, 8)
+        }
         modules = matrices(model)
         self.free = {
             path: modules[path].weight.size
@@ -173,7 +178,7 @@ class Sizes:
             for bits in WIDTHS
         }
         self._parameters = get_total_parameters(model)
-        self._fixed = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        self._fixed = sum(array.nbytes for array in parameters(model).values())
         for path, params in every[2].items():
             weight = modules[path].weight
             self._fixed -= weight.nbytes

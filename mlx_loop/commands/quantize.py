@@ -79,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
 def quantization_from(args: argparse.Namespace) -> Quantization:
     """What the options ask for; bits per weight imply the recipe `budget`."""
     recipe = args.q_recipe or ("uniform" if args.bits_per_weight is None else "budget")
-    return Quantization(
-        args.q_bits, args.q_group_size, args.q_mode, recipe, args.bits_per_weight
-    )
+    return Quantization(args.q_bits, args.q_group_size, args.q_mode, recipe, args.bits_per_weight)
 
 
 def table(model: Any, chosen: Any, before: int, size: int, bits: float) -> None:
@@ -114,4 +112,3 @@ def _bar(what: str, *columns: Any) -> Progress:
 
 def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
-
