@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .cache import ROTATING_KEEP, histories
 from .errors import UserError
 from .loop import Looped
+from .memory import head_sizes, prefill_step
 
 Prompt = str | Sequence[int] | mx.array
 
@@ -49,7 +51,8 @@ def stream_generate(
     Args:
         prompt: a text, or token ids.
         prompt_cache: what came before; it is updated. None: nothing.
-        kwargs: whatever mlx-lm's `stream_generate` takes.
+        kwargs: whatever mlx-lm's `stream_generate` takes. With `kv_bits`, `prefill_step_size` is
+            512 unless it is given (`memory.prefill_step`).
 
     Raises:
         UserError: as `check_prompt`.
@@ -59,7 +62,9 @@ def stream_generate(
         prompt_cache = make_prompt_cache(model, max_kv_size)
         if draft_model is not None:
             prompt_cache += mlx_lm_make_prompt_cache(draft_model)
-    check_prompt(model, tokens, prompt_cache, max_kv_size, kwargs.get("kv_bits"))
+    kv_bits = kwargs.get("kv_bits")
+    check_prompt(model, tokens, prompt_cache, max_kv_size, kv_bits, kwargs.get("kv_group_size", 64))
+    kwargs.setdefault("prefill_step_size", prefill_step(kv_bits))
     yield from mlx_lm.stream_generate(
         model.for_prompt(prompt_cache, len(tokens)),
         tokenizer,
@@ -77,6 +82,7 @@ def check_prompt(
     cache: Sequence[Any],
     max_kv_size: int | None = None,
     kv_bits: int | None = None,
+    kv_group_size: int = 64,
 ) -> None:
     """Refuse what mlx-lm would answer with an exception, or by dropping part of the prompt.
 
@@ -99,6 +105,15 @@ def check_prompt(
         raise UserError(
             "--kv-bits (kv_bits) does not work with a rotating cache, which --max-kv-size and "
             "sliding-window layers need: leave one of them out"
+        )
+    wrong = [size for size in head_sizes(model) if size % kv_group_size]
+    if wrong:
+        raise UserError(
+            f"--kv-group-size (kv_group_size) {kv_group_size} does not divide this model's keys "
+            f"and values of {wrong[0]} numbers: use {math.gcd(wrong[0], 128)}"
+            if wrong[0] % 32 == 0
+            else f"--kv-bits (kv_bits) needs keys and values of whole groups of 32 numbers, and "
+            f"this model's have {wrong[0]}: leave it out"
         )
 
 

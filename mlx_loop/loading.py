@@ -16,6 +16,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import checkpoint, memory, sensitivity
+from .card import base_model
 from .config import LoopConfig
 from .errors import UserError
 from .loop import Looped
@@ -140,7 +141,7 @@ def load_model(
             dtype = "float32"
         todo = pieces(model, chosen, None if dtype is None else getattr(mx, dtype))
         if not (force or lazy):
-            memory.check(model, str(path_or_hf_repo or "demo"))
+            memory.check(model, base_model(model) or str(path))
         if chosen:
             evaluate(todo)
         del todo

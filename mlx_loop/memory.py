@@ -154,14 +154,21 @@ class Footprint:
             return 0
         s = self._shape
         together = len(loop.layers) if loop.scope == "block" else 1
-        kept = together * s.values * s.itemsize if loop.cache != "last" else 0
+        kept = together * s.values * s.itemsize if loop.cache == "first" else 0
         return step * (2 * s.hidden * 4 + kept)
 
     def peak(self, context: int, step: int | None = None, kv_bits: int | None = None) -> int:
-        """Bytes at most, with a prompt that fills the context."""
+        """Bytes at most, while a prompt that fills the context is processed.
+
+        Args:
+            step: prompt tokens at a time; None: the default.
+        """
         step = min(step or prefill_step(kv_bits), context)
-        return (
-            self.weights + self.cache(context, kv_bits) + self.activations(step, context, kv_bits)
+        whole, rest = divmod(context - 1, step)  # mlx-lm feeds the last token alone.
+        chunks = [(step, whole * step), (rest, context)]
+        return self.weights + max(
+            self.cache(end, kv_bits) + self.activations(length, end, kv_bits)
+            for length, end in chunks
         )
 
     def longest(self, limit: int, kv_bits: int | None = None) -> int:
@@ -255,11 +262,25 @@ class _Shape:
         )
 
 
+def head_sizes(model: Looped) -> set[int]:
+    """Numbers in a key and in a value, as the cache keeps them."""
+    return {
+        array.shape[-1]
+        for entry in _filled_cache(model)
+        for cache in histories(entry)
+        for array in (cache.keys, cache.values)
+    }
+
+
 def _layer_histories(model: Looped) -> list[list[History]]:
-    """What each layer keeps; a token is fed, but nothing is evaluated."""
+    return [[_history(c) for c in histories(entry)] for entry in _filled_cache(model)]
+
+
+def _filled_cache(model: Looped) -> list[Any]:
+    """A cache with one token in it, lazy: it has shapes and types, and nothing is evaluated."""
     cache = model.new_cache()
     model.for_prompt(cache, 1)(mx.zeros((1, 1), mx.int32), cache=cache)
-    return [[_history(c) for c in histories(entry)] for entry in cache]
+    return cache
 
 
 def _history(cache: Any) -> History:

@@ -319,9 +319,9 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefill-step-size",
         type=positive,
-        default=2048,
         metavar="N",
-        help="prompt tokens processed at a time (default: %(default)s)",
+        help="prompt tokens processed at a time (default: 2048, or 512 with --kv-bits, whose "
+        "attention needs more memory for each)",
     )
 
 
@@ -379,5 +379,12 @@ def generation_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> di
         "kv_bits": args.kv_bits,
         "kv_group_size": args.kv_group_size,
         "quantized_kv_start": args.quantized_kv_start,
-        "prefill_step_size": args.prefill_step_size,
+        "prefill_step_size": prefill_step_from(args),
     }
+
+
+def prefill_step_from(args: argparse.Namespace) -> int:
+    """Prompt tokens to process at a time."""
+    from .memory import prefill_step
+
+    return args.prefill_step_size or prefill_step(args.kv_bits)

@@ -1,4 +1,4 @@
-"""Quantised here, streamed to disk or loaded by plain mlx-lm: the same numbers, in little memory."""
+"""Quantised in memory, from disk to disk or by mlx-lm: the same numbers, in little memory."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
         program(DEMOS["demo"], tmp_path / "q"),
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=little_room,  # noqa: PLW1509
+        preexec_fn=little_room,
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         check=False,
     )

@@ -15,7 +15,7 @@ from ..errors import INTERRUPTED, UserError
 from ..generation import encode, stream_generate
 from ..loading import load
 from ..loop import Looped, layer_passes
-from ..options import generation_from, load_from
+from ..options import generation_from, load_from, prefill_step_from
 from ..prompt_cache import load_prompt_cache
 from ..terminal import err, interruptible, numbers, out, prompt_progress
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     tokens = _render(args, tokenizer, prompt, continues=cache is not None)
 
     text, response = "", None
-    with interruptible() as stop, prompt_progress(args.prefill_step_size, stop) as progress:
+    with interruptible() as stop, prompt_progress(prefill_step_from(args), stop) as progress:
         if draft is not None:
             settings |= {"draft_model": draft, "num_draft_tokens": args.num_draft_tokens}
         answer = stream_generate(
