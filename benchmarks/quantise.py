@@ -85,8 +85,13 @@ def measure(what: str, source: str, target: str) -> None:
             mlx_loop.load_model(source, quantize=4)
     seconds = time.perf_counter() - start
     unit = 1 if sys.platform == "darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(json.dumps({"peak": mx.get_peak_memory(), "resident": resident, "seconds": seconds}))
+    cost = {
+        "peak": mx.get_peak_memory(),
+        "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "seconds": seconds,
+        "cpu": time.process_time(),
+    }
+    print(json.dumps(cost))
 
 
 def main() -> None:
@@ -105,8 +110,8 @@ def main() -> None:
             f"{platform.machine()} {platform.system()}, {mx.default_device()}\n",
             flush=True,
         )
-        print("| | peak, GB | peak / checkpoint | peak / quantised | resident, GB | seconds |")
-        print("|---|---|---|---|---|---|")
+        print("| | peak, GB | peak / checkpoint | peak / quantised | resident, GB | CPU s | s |")
+        print("|---|---|---|---|---|---|---|")
         quantised = 0
         for what in ("mlx_loop quantize", "mlx_lm.convert", "mlx_loop.load(quantize=4)"):
             target = folder / "target"
@@ -126,7 +131,7 @@ def main() -> None:
             print(
                 f"| {what} | {cost['peak'] / 1e9:.2f} | {cost['peak'] / size:.2f} | "
                 f"{cost['peak'] / quantised:.2f} | {cost['resident'] / 1e9:.2f} | "
-                f"{cost['seconds']:.0f} |",
+                f"{cost['cpu']:.0f} | {cost['seconds']:.0f} |",
                 flush=True,
             )
 

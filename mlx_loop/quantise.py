@@ -202,6 +202,10 @@ class Piece:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
 
+    def start(self) -> None:
+        """Begin to read it, while others are computed."""
+        mx.async_eval(self.arrays, self.finite)
+
     def evaluate(self) -> None:
         """Read, quantise, check.
 

@@ -80,7 +80,7 @@ def quantize(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Quantise a checkpoint from disk to disk; memory holds one shard and one matrix.
+    """Quantise a checkpoint from disk to disk; memory holds one shard and two matrices.
 
     The folder appears when it is complete, as `save` would have written it. `model` is used up.
 
@@ -115,6 +115,9 @@ def quantize(
             group, groups[number] = groups[number], []
             while group:
                 piece = group.pop(0)
+                following = group or (groups[number + 1] if number + 1 < count else [])
+                for ahead in following[:1]:
+                    ahead.start()
                 piece.evaluate()
                 shard |= piece.arrays
                 done += piece.nbytes

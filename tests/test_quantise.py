@@ -188,8 +188,8 @@ def test_shards_are_written_as_they_fill(tmp_path, monkeypatch):
     files = sorted(folder.glob("model-*.safetensors"))
     assert len(files) > 2
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
-    # A shard, and a matrix before and after.
-    assert mx.get_peak_memory() - before < 300_000 + 2 * 4 * 128 * 128 * 2
+    # A shard, and two matrices before and after.
+    assert mx.get_peak_memory() - before < 300_000 + 4 * 4 * 128 * 128 * 2
     plain, _ = mlx_lm_load_model(folder)
     expected = mlx_loop.load_model(source, quantize=8, loop=None)
     assert mx.array_equal(plain(tokens(1, 3)), expected(tokens(1, 3)))
