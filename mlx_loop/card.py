@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import dedent
@@ -79,13 +80,11 @@ def upload(folder: Path, repo: str) -> str:
     Raises:
         UserError: the folder has no card of ours.
     """
-    card = folder / FILE
-    title = f"# {folder.resolve().name}\n"
+    card, name = folder / FILE, re.escape(folder.resolve().name)
     text = card.read_text() if card.exists() else ""
-    if title not in text:
+    text, count = re.subn(rf"(?m)^(# |.* --model ){name}(?=\s)", rf"\g<1>{repo}", text)
+    if not count:
         raise UserError(f"{folder} has no card of mlx_loop: save or quantise the model first")
-    name = folder.resolve().name
-    text = text.replace(title, f"# {repo}\n").replace(f"--model {name}\n", f"--model {repo}\n")
     api = HfApi()
     api.create_repo(repo_id=repo, exist_ok=True)
     api.upload_folder(folder_path=folder, repo_id=repo, ignore_patterns=[FILE])
