@@ -234,12 +234,7 @@ class _Shape:
     def of(cls, model: Looped, layers: list[list[History]]) -> _Shape:
         args: Any = model.args
         hidden, heads = args.hidden_size, args.num_attention_heads
-        latent = hasattr(args, "qk_nope_head_dim")
-        head = (
-            args.qk_nope_head_dim + args.qk_rope_head_dim
-            if latent
-            else getattr(args, "head_dim", None) or hidden // heads
-        )
+        head = max(head_sizes(model))
         mlp = 0
         for layer in model.layers:
             if model.moe is not None and has_experts(layer, model.moe):
@@ -263,24 +258,18 @@ class _Shape:
 
 
 def head_sizes(model: Looped) -> set[int]:
-    """Numbers in a key and in a value, as the cache keeps them."""
-    return {
-        array.shape[-1]
-        for entry in _filled_cache(model)
-        for cache in histories(entry)
-        for array in (cache.keys, cache.values)
-    }
+    """Numbers in a query (and key) and in a value."""
+    args: Any = model.args
+    if hasattr(args, "qk_nope_head_dim"):
+        return {args.qk_nope_head_dim + args.qk_rope_head_dim, args.v_head_dim}
+    return {getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads}
 
 
 def _layer_histories(model: Looped) -> list[list[History]]:
-    return [[_history(c) for c in histories(entry)] for entry in _filled_cache(model)]
-
-
-def _filled_cache(model: Looped) -> list[Any]:
-    """A cache with one token in it, lazy: it has shapes and types, and nothing is evaluated."""
+    """What each layer keeps: a token is fed, but nothing is evaluated."""
     cache = model.new_cache()
     model.for_prompt(cache, 1)(mx.zeros((1, 1), mx.int32), cache=cache)
-    return cache
+    return [[_history(c) for c in histories(entry)] for entry in cache]
 
 
 def _history(cache: Any) -> History:

@@ -38,7 +38,7 @@ def test_saving_writes_a_card_too(tmp_path):
     mlx_loop.save(tmp_path / "saved", model, tokenizer)
     text = (tmp_path / "saved" / "README.md").read_text()
     assert "4 loops" in text
-    assert f"{compute_bits_per_weight(model):.3f} " in text
+    assert f"{compute_bits_per_weight(model):.3f}, scales" in text
 
 
 def test_the_base_model_is_read_from_the_hubs_cache(tmp_path):
