@@ -123,8 +123,8 @@ def test_a_group_that_does_not_divide_the_heads_is_refused_with_one_that_does(de
         mlx_loop.generate(model, tokenizer, "hello", kv_bits=8)
 
 
-def test_prompts_are_fed_in_smaller_steps_when_the_cache_is_quantised(demo):
-    model, tokenizer = demo
+def test_prompts_are_fed_in_smaller_steps_when_the_cache_is_quantised():
+    model, tokenizer = mlx_loop.load("demo", loop=None, dtype="float32")
     seen = []
     for settings in ({}, {"kv_bits": 8, "kv_group_size": 32}):
         seen.append([])
