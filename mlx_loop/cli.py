@@ -15,10 +15,13 @@ from .options import (
     add_cache_options,
     add_draft_options,
     add_loop_options,
+    add_model_name,
     add_model_options,
     add_prefill_option,
+    add_quantization_options,
     add_sampling_options,
     add_template_options,
+    add_trust,
     positive,
 )
 
@@ -147,6 +150,49 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
     add_template_options(parser)
 
 
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    add_model_name(parser)
+    parser.add_argument(
+        "--mlx-path",
+        default="mlx_model",
+        metavar="DIR",
+        help="the folder to write (default: %(default)s)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written")
+    add_trust(parser)
+    add_quantization_options(parser)
+    add_loop_options(parser)
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="demo",
+        metavar="MODEL",
+        help="a folder, a Hugging Face repository (its weights are not downloaded), or a "
+        "checkpoint that ships with mlx_loop (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ram",
+        type=positive,
+        default=16,
+        metavar="GB",
+        help="memory of the Mac in question (default: %(default)s)",
+    )
+    add_loop_options(parser)
+
+
+def _upload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--path", required=True, metavar="DIR", help="a folder that mlx_loop has written"
+    )
+    parser.add_argument(
+        "--upload-repo", required=True, metavar="NAME", help="the repository, such as you/qwen3-4b"
+    )
+
+
 COMMANDS = {
     "chat": (
         _chat,
@@ -200,6 +246,30 @@ Ctrl-C stops after the results at hand are written; the same command goes on fro
         """example:
   mlx_loop cache_prompt --prompt - --prompt-cache-file book.safetensors < book.txt
   mlx_loop generate --prompt-cache-file book.safetensors --prompt "Who is the narrator?" """,
+    ),
+    "quantize": (
+        _quantize,
+        "write a checkpoint in fewer bits, ready to loop",
+        """examples:
+  mlx_loop quantize --model Qwen/Qwen3-4B-Instruct-2507 --mlx-path qwen3-4b-4bit
+  mlx_loop quantize --model Qwen/Qwen3-4B-Instruct-2507 --q-recipe window8 --dry-run
+  mlx_loop quantize --model Qwen/Qwen3-4B-Instruct-2507 --bits-per-weight 4.5 --loops 4
+The checkpoint may be larger than memory: it is read, quantised and written matrix by matrix.
+Plain mlx-lm and LM Studio load the folder as the un-looped model.""",
+    ),
+    "plan": (
+        _plan,
+        "say what a model needs of memory, and which Mac has it",
+        """examples:
+  mlx_loop plan Qwen/Qwen3-4B-Instruct-2507 --ram 8
+  mlx_loop plan Qwen/Qwen3-30B-A3B --ram 24 --loops 6 --cache own""",
+    ),
+    "upload": (
+        _upload,
+        "share a saved or quantised model on the Hugging Face hub",
+        """example:
+  hf auth login
+  mlx_loop upload --path qwen3-4b-4bit --upload-repo you/Qwen3-4B-Instruct-2507-looped-4bit""",
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -17,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .cache import ROTATING_KEEP, histories, position
 from .errors import UserError
 from .loop import Looped
+from .memory import head_sizes, prefill_step
 from .sampling import Sampler
 from .speculative import (
     Drafter,
@@ -65,7 +67,8 @@ def stream_generate(
             far does; or a small model with the same tokens.
         context: the tokens in `prompt_cache`, which `lookup` and a model draft from.
         kwargs: whatever mlx-lm's `stream_generate` takes; with a draft, what
-            `speculative_generate_step` does.
+            `speculative_generate_step` does. With `kv_bits`, `prefill_step_size` is 512 unless it
+            is given (`memory.prefill_step`).
 
     Raises:
         UserError: as `check_prompt`, and `speculative.check` where something drafts.
@@ -75,7 +78,9 @@ def stream_generate(
     tokens = encode(tokenizer, prompt)
     if prompt_cache is None:
         prompt_cache = make_prompt_cache(model, max_kv_size)
-    check_prompt(model, tokens, prompt_cache, max_kv_size, kwargs.get("kv_bits"))
+    kv_bits = kwargs.get("kv_bits")
+    check_prompt(model, tokens, prompt_cache, max_kv_size, kv_bits, kwargs.get("kv_group_size", 64))
+    kwargs.setdefault("prefill_step_size", prefill_step(kv_bits))
     if draft is None or (draft == "self" and model.is_unlooped):
         kwargs.pop("num_draft_tokens", None)
         yield from mlx_lm.stream_generate(
@@ -170,6 +175,7 @@ def check_prompt(
     cache: Sequence[Any],
     max_kv_size: int | None = None,
     kv_bits: int | None = None,
+    kv_group_size: int = 64,
 ) -> None:
     """Refuse what mlx-lm would answer with an exception, or by dropping part of the prompt.
 
@@ -192,6 +198,15 @@ def check_prompt(
         raise UserError(
             "--kv-bits (kv_bits) does not work with a rotating cache, which --max-kv-size and "
             "sliding-window layers need: leave one of them out"
+        )
+    wrong = [size for size in head_sizes(model) if size % kv_group_size]
+    if wrong:
+        raise UserError(
+            f"--kv-group-size (kv_group_size) {kv_group_size} does not divide this model's keys "
+            f"and values of {wrong[0]} numbers: use {math.gcd(wrong[0], 128)}"
+            if wrong[0] % 32 == 0
+            else f"--kv-bits (kv_bits) needs keys and values of whole groups of 32 numbers, and "
+            f"this model's have {wrong[0]}: leave it out"
         )
 
 

@@ -222,6 +222,16 @@ def _json_object(text: str) -> dict[str, Any]:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model and how it is loaded."""
     group = parser.add_argument_group("model")
+    add_model_name(group)
+    group.add_argument("--adapter-path", metavar="DIR", help="LoRA adapters, as mlx-lm makes them")
+    add_trust(group)
+    group.add_argument(
+        "--force", action="store_true", help="try even a model that does not fit into memory"
+    )
+
+
+def add_model_name(group: argparse._ActionsContainer) -> None:
+    """--model."""
     group.add_argument(
         "--model",
         default="demo",
@@ -229,11 +239,51 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="a folder, a Hugging Face repository, or a checkpoint that ships with mlx_loop "
         "(default: %(default)s)",
     )
-    group.add_argument("--adapter-path", metavar="DIR", help="LoRA adapters, as mlx-lm makes them")
+
+
+def add_trust(group: argparse._ActionsContainer) -> None:
+    """--trust-remote-code."""
     group.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="let the tokenizer run code that comes with the checkpoint",
+    )
+
+
+def add_quantization_options(parser: argparse.ArgumentParser) -> None:
+    """Widths, named as mlx-lm names them, and the recipe."""
+    group = parser.add_argument_group("quantisation")
+    group.add_argument(
+        "--q-bits", type=int, metavar="N", help="2, 3, 4, 5, 6 or 8 bits (default: 4)"
+    )
+    group.add_argument(
+        "--q-group-size",
+        type=int,
+        metavar="N",
+        help="weights that share a scale: 32, 64 or 128 (default: 64)",
+    )
+    group.add_argument(
+        "--q-mode",
+        choices=("affine", "mxfp4", "nvfp4", "mxfp8"),
+        default="affine",
+        help="number format; all but affine have one width and group size (default: %(default)s)",
+    )
+    group.add_argument(
+        "--q-recipe",
+        choices=("uniform", "window8", "budget"),
+        help="uniform: the same bits everywhere; window8: the looped layers in 8 bits; budget: "
+        "bits where the looped model's output needs them most",
+    )
+    group.add_argument(
+        "--bits-per-weight",
+        type=number(float, 0, 16, "a number of bits"),
+        metavar="B",
+        help="what the recipe budget may spend, scales included",
+    )
+    group.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="text on which the recipe budget measures (default: one that ships with mlx_loop)",
     )
 
 
@@ -347,9 +397,9 @@ def add_prefill_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--prefill-step-size",
         type=positive,
-        default=2048,
         metavar="N",
-        help="prompt tokens processed at a time (default: %(default)s)",
+        help="prompt tokens processed at a time (default: 2048, or 512 with --kv-bits, whose "
+        "attention needs more memory for each)",
     )
 
 
@@ -377,16 +427,25 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
 
 def load_from(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
     """The model and tokenizer that the options ask for, with the loop settings they ask for."""
-    given = {
+    LoopConfig(**_given(args))
+    model, tokenizer = _load(args)
+    apply_loop(args, model)
+    return model, tokenizer
+
+
+def apply_loop(args: argparse.Namespace, model: Looped) -> None:
+    """Give a model the loop settings that the options ask for, on top of those saved with it."""
+    given = _given(args)
+    if given or args.recipe is not None:
+        model.loop = replace(_start(args, model), **given)
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    return {
         name: parse_setting(name, getattr(args, name))
         for name in SETTINGS
         if getattr(args, name) is not None
     }
-    LoopConfig(**given)
-    model, tokenizer, start = load_with_start(args)
-    if given or args.recipe is not None:
-        model.loop = replace(start, **given)
-    return model, tokenizer
 
 
 def axes_from(args: argparse.Namespace) -> dict[str, list[Any]]:
@@ -402,13 +461,26 @@ def load_with_start(
     args: argparse.Namespace,
 ) -> tuple[Looped, TokenizerWrapper, LoopConfig]:
     """The model and tokenizer, and the settings from which options start."""
-    from .loading import load, saved_loop
+    model, tokenizer = _load(args)
+    return model, tokenizer, _start(args, model)
 
-    model, tokenizer = load(
-        args.model, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
+
+def _load(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
+    from .loading import load
+
+    return load(
+        args.model,
+        adapter_path=args.adapter_path,
+        trust_remote_code=args.trust_remote_code,
+        force=args.force,
     )
+
+
+def _start(args: argparse.Namespace, model: Looped) -> LoopConfig:
+    from .loading import saved_loop
+
     start = saved_loop(model) if args.recipe is None else RECIPES[args.recipe]
-    return model, tokenizer, start or LoopConfig()
+    return start or LoopConfig()
 
 
 def generation_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
@@ -423,7 +495,7 @@ def generation_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> di
         "kv_bits": args.kv_bits,
         "kv_group_size": args.kv_group_size,
         "quantized_kv_start": args.quantized_kv_start,
-        "prefill_step_size": args.prefill_step_size,
+        "prefill_step_size": prefill_step_from(args),
     }
 
 
@@ -457,3 +529,10 @@ def draft_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[st
             )
         draft = ModelDraft(model)
     return {"draft": draft, "num_draft_tokens": args.num_draft_tokens}
+
+
+def prefill_step_from(args: argparse.Namespace) -> int:
+    """Prompt tokens to process at a time."""
+    from .memory import prefill_step
+
+    return args.prefill_step_size or prefill_step(args.kv_bits)

@@ -100,3 +100,25 @@ def test_an_empty_prompt_is_refused(demo):
     model, tokenizer = demo
     with pytest.raises(UserError, match="empty"):
         mlx_loop.generate(model, tokenizer, [])
+
+
+def test_a_group_that_does_not_divide_the_heads_is_refused_with_one_that_does(demo):
+    model, tokenizer = demo
+    with pytest.raises(UserError, match="numbers: use 32"):
+        mlx_loop.generate(model, tokenizer, "hello", kv_bits=8)
+
+
+def test_prompts_are_fed_in_smaller_steps_when_the_cache_is_quantised():
+    model, tokenizer = mlx_loop.load("demo", loop=None, dtype="float32")
+    seen = []
+    for settings in ({}, {"kv_bits": 8, "kv_group_size": 32}):
+        seen.append([])
+        mlx_loop.generate(
+            model,
+            tokenizer,
+            [5] * 1200,
+            max_tokens=1,
+            prompt_progress_callback=lambda done, total: seen[-1].append(done),
+            **settings,
+        )
+    assert seen == [[0, 1199, 1200], [0, 512, 1024, 1199, 1200]]

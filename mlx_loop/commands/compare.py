@@ -25,6 +25,7 @@ from ..conversation import Interrupted
 from ..errors import INTERRUPTED, USER_ERROR, UserError
 from ..files import whole_file
 from ..loop import Looped, layer_passes
+from ..memory import prefill_step
 from ..options import (
     SETTINGS,
     axes_from,
@@ -124,6 +125,7 @@ class Session:
         self._prompt = prompt
         args, views = self.args, self.views()
         tokens = render_prompt(args, self.tokenizer, prompt)
+        step = args.prefill_step_size or prefill_step(None)
         seed = random.randrange(2**31) if args.seed is None and args.temp else args.seed
         draws = out.is_terminal and not out.is_dumb_terminal and not args.json
         answers: list[Answer] = []
@@ -131,7 +133,7 @@ class Session:
         drawn = 0.0
         with ExitStack() as stack:
             stop = stack.enter_context(interruptible())
-            progress = stack.enter_context(prompt_progress(args.prefill_step_size, stop))
+            progress = stack.enter_context(prompt_progress(step, stop))
             stream = compare(
                 views,
                 self.tokenizer,
@@ -139,7 +141,7 @@ class Session:
                 max_tokens=args.max_tokens,
                 sampler=sampler_from(args, self.tokenizer),
                 seed=seed,
-                prefill_step_size=args.prefill_step_size,
+                prefill_step_size=step,
                 progress=progress,
             )
             try:

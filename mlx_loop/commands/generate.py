@@ -14,7 +14,7 @@ from ..conversation import Interrupted
 from ..errors import INTERRUPTED, UserError
 from ..generation import encode, stream_generate
 from ..loop import Looped, layer_passes
-from ..options import draft_from, generation_from, load_from
+from ..options import draft_from, generation_from, load_from, prefill_step_from
 from ..prompt_cache import load_prompt_cache
 from ..terminal import err, interruptible, numbers, out, prompt_progress
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     tokens = render_prompt(args, tokenizer, prompt, continues=cache is not None)
 
     text, response, drafted = "", None, 0
-    with interruptible() as stop, prompt_progress(args.prefill_step_size, stop) as progress:
+    with interruptible() as stop, prompt_progress(prefill_step_from(args), stop) as progress:
         answer = stream_generate(
             model,
             tokenizer,
