@@ -22,6 +22,8 @@ from .options import (
     add_sampling_options,
     add_template_options,
     add_trust,
+    fraction,
+    from_zero,
     positive,
 )
 
@@ -193,6 +195,91 @@ def _upload(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("problems")
+    group.add_argument(
+        "--tasks",
+        default="niah_single_2,niah_multikey_1,niah_multivalue,niah_multiquery,vt,cwe,fwe",
+        metavar="NAMES",
+        help="RULER's tasks with commas between: niah_single_1 to _3, niah_multikey_1 to _3, "
+        "niah_multivalue, niah_multiquery, vt, cwe, fwe, qa; ruler: all but qa; lm_eval:NAME: a "
+        "task of lm-evaluation-harness (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lengths",
+        type=_lengths,
+        default=[4096],
+        metavar="N,N,...",
+        help="RULER: context lengths in tokens, prompt and answer together (default: 4096)",
+    )
+    group.add_argument(
+        "--limit",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="problems of each task and length; RULER's paper has 500 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed", type=from_zero, default=42, metavar="N", help="of the problems (default: 42)"
+    )
+    group.add_argument("--filler", metavar="FILE", help="a text to hide needles in, else our own")
+    group.add_argument(
+        "--documents",
+        metavar="FILE",
+        help='for qa: lines of {"question": TEXT, "answers": [...], "documents": [...]}',
+    )
+    group.add_argument(
+        "--no-answer-prefix",
+        action="store_true",
+        help="do not give the model the beginning of its answer, as RULER does",
+    )
+    group.add_argument(
+        "--include-path", metavar="DIR", help="a folder with lm-evaluation-harness tasks of yours"
+    )
+    group = parser.add_argument_group("results")
+    group.add_argument(
+        "--out",
+        default="evaluation",
+        metavar="DIR",
+        help="the folder of the study; what it holds is not done again (default: %(default)s)",
+    )
+    group.add_argument(
+        "--holdout",
+        type=fraction,
+        metavar="P",
+        help="choose the best setting on a share 1 - P of the problems and report it on the rest",
+    )
+    group.add_argument(
+        "--trace",
+        type=from_zero,
+        default=2,
+        metavar="N",
+        help="problems of each length on which drift is measured (default: %(default)s)",
+    )
+    group.add_argument(
+        "--reference", action="store_true", help="show the paper's numbers beside yours"
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights, else as stored"
+    )
+    add_loop_options(parser, several=True)
+    group = parser.add_argument_group("generation")
+    group.add_argument(
+        "--batch-size",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="prompts that are answered at a time (default: %(default)s)",
+    )
+    add_prefill_option(group)
+    add_template_options(group)
+
+
+def _lengths(text: str) -> list[int]:
+    return [positive(length) for length in text.split(",")]
+
+
 COMMANDS = {
     "chat": (
         _chat,
@@ -239,6 +326,17 @@ docs/trace.md says what each number means.""",
   mlx_loop sweep --task mine.jsonl --window 3:7,4:8,5:9 --loops 2,4,8 --integrator euler,anchored
   mlx_loop sweep --text book.txt --loops 2,3,4 --best
 Ctrl-C stops after the results at hand are written; the same command goes on from there.""",
+    ),
+    "evaluate": (
+        _evaluate,
+        "long-context and other tasks under many loop settings, with honest statistics",
+        """examples:
+  mlx_loop evaluate --tasks ruler --lengths 4096,16384 --loops 1,2,3,4,6,8,12
+  mlx_loop evaluate --tasks lm_eval:arc_challenge,lm_eval:gsm8k --loops 2,3 --holdout 0.5
+  mlx_loop evaluate --tasks niah_single_1 --lengths 384 --limit 20 --loops 2,4 --no-answer-prefix
+Every setting gets the same problems and is compared with the un-looped model problem by problem.
+DIR/report.html shows the result. Ctrl-C stops after the batch at hand; the same command goes on.
+docs/evaluation.md explains tasks, statistics and files.""",
     ),
     "cache_prompt": (
         _cache_prompt,

@@ -206,7 +206,7 @@ def number(kind: type, low: float, high: float, form: str) -> Callable[[str], An
 positive = number(int, 1, math.inf, "a whole number from 1 up")
 from_zero = number(int, 0, math.inf, "a whole number from 0 up")
 temperature = number(float, 0, math.inf, "a number from 0 up")
-_fraction = number(float, 0, 1, "a number from 0 to 1")
+fraction = number(float, 0, 1, "a number from 0 to 1")
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -332,10 +332,10 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
         ("min-p", "drop tokens less likely than this times the likeliest"),
         ("xtc-probability", "how often to apply XTC sampling"),
     ):
-        group.add_argument(f"--{name}", type=_fraction, default=0.0, metavar="P", help=help_text)
+        group.add_argument(f"--{name}", type=fraction, default=0.0, metavar="P", help=help_text)
     group.add_argument(
         "--xtc-threshold",
-        type=_fraction,
+        type=fraction,
         default=0.1,
         metavar="P",
         help="XTC: probability above which tokens are left out",
@@ -470,6 +470,7 @@ def _load(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
 
     return load(
         args.model,
+        dtype=getattr(args, "dtype", None),
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
         force=args.force,

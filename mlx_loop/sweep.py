@@ -22,7 +22,7 @@ from .config import LoopConfig
 from .errors import UserError
 from .generation import encode, generate
 from .loop import Looped, forward, layer_passes
-from .significance import LEVEL, bootstrap_mean, holm, mcnemar, sign_flips, wilson
+from .significance import LEVEL, bootstrap_mean, holm, signed_rank_p, wilson
 
 QUESTIONS = Path(__file__).parent / "demo" / "questions.jsonl"
 # Tokens of a text that are read at a time; each such piece is an item.
@@ -324,11 +324,7 @@ def complete(views: Sequence[Looped], work: Task | Text, results: Results) -> li
 
 
 def summarise(views: Sequence[Looped], work: Task | Text, results: Results) -> list[Summary]:
-    """Each setting over the complete items, of which there are some; the un-looped model first.
-
-    Raises:
-        UserError: scipy is missing.
-    """
+    """Each setting over the complete items, of which there are some; the un-looped model first."""
     items = complete(views, work, results)
     is_task = isinstance(work, Task)
     layers = len(views[0].layers)
@@ -350,7 +346,7 @@ def summarise(views: Sequence[Looped], work: Task | Text, results: Results) -> l
                 kl=None if is_task else sum(row["kl"] for row in rows) / count,
             )
         )
-        tests.append(mcnemar(differences) if is_task else sign_flips(differences))
+        tests.append(signed_rank_p(differences))
     corrected = [1.0, *holm(tests[1:])]
     return [replace(summary, p=p) for summary, p in zip(found, corrected, strict=True)]
 
