@@ -20,6 +20,7 @@ from mlx_lm.models.cache import (
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
+    create_causal_mask,
 )
 
 from .config import LoopConfig
@@ -99,6 +100,14 @@ def check(cache: Sequence[Any], loop: LoopConfig | None, count: int) -> None:
                 f"{'history' if found == 1 else 'histories'} in it and needs {needed}; make a "
                 "new one with mlx_lm's make_prompt_cache(model)"
             )
+
+
+def rewind(cache: Sequence[Any], to: int) -> None:
+    """Cut every history that is longer back to `to` tokens."""
+    for entry in cache:
+        for history in histories(entry):
+            if history.offset > to:
+                history.trim(history.offset - to)
 
 
 def rewinder(cache: Any, length: int) -> Callable[[], None]:
@@ -225,6 +234,57 @@ class Own:
     def close(self) -> None:
         for cache in self._caches[self._evaluations :]:
             cache.update_and_fetch(*self._natural.written)
+
+
+class FirstSideBySide:
+    """`First` for several tokens in one call, each as if it were fed alone.
+
+    Alone, a later evaluation of a token sees what is kept of the tokens before it, and of itself
+    what that evaluation writes. So what is kept stays where it is, a later evaluation writes
+    behind it, and the mask `side_by_side` shows every token its own. No copy of the history.
+    """
+
+    def __init__(self, entry: Any, length: int):
+        self._entry, self._length = entry, length
+
+    def view(self, evaluation: int) -> Any:
+        return _Behind(self._entry, self._length) if evaluation else self._entry
+
+    def close(self) -> None:
+        pass
+
+
+class _Behind:
+    """A cache at the position before its last `length` tokens, which stay; writes do not."""
+
+    def __init__(self, cache: Any, length: int):
+        self._cache, self._length = cache, length
+
+    @property
+    def offset(self) -> int:
+        return self._cache.offset - self._length
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        seen = self._cache.update_and_fetch(keys, values)
+        self._cache.trim(self._length)
+        return seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def side_by_side(mask: Any, past: int, length: int) -> mx.array:
+    """What later evaluations see under `FirstSideBySide`, (length, past + 2 length), bool.
+
+    Args:
+        mask: what the natural evaluation sees, of shape (length, past + length); not an array:
+            every earlier token.
+    """
+    if not isinstance(mask, mx.array):
+        mask = create_causal_mask(length, past)
+    itself = mx.eye(length, dtype=mx.bool_)
+    earlier = mask & ~mx.pad(itself, [(0, 0), (past, 0)])
+    return mx.concatenate([earlier, itself], axis=-1)
 
 
 _POLICIES: dict[str, type[First] | type[Last] | type[Own]] = {

@@ -50,6 +50,41 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "cache": ("first", "last", "own"),
 }
 
+
+@dataclass(frozen=True)
+class Guard:
+    """When a token's loop has gone astray, so that its natural pass is taken instead.
+
+    The defaults let a damped loop alone: see docs/trace.md for what was measured.
+
+    Args:
+        growth: the most by which |g(x) - x| may grow from the first evaluation to the last.
+        band: (low, high), the norm of the result over that of the natural pass.
+
+    Raises:
+        UserError: a `ValueError`, as for `LoopConfig`.
+    """
+
+    growth: float = 1.5
+    band: tuple[float, float] = (0.8, 1.2)
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.growth) and self.growth > 0):
+            raise _wrong("growth", self.growth, "a number above 0")
+        band = _as_tuple(self.band)
+        if band is None or len(band) != 2 or not all(map(_is_number, band)):
+            raise _wrong("band", self.band, _BAND)
+        if not 0 <= band[0] <= 1 <= band[1]:
+            raise _wrong("band", self.band, _BAND)
+        object.__setattr__(self, "band", band)
+
+    def __str__(self) -> str:
+        """As on the command line: `1.5,0.8:1.2`."""
+        return f"{self.growth:g},{self.band[0]:g}:{self.band[1]:g}"
+
+
+_BAND = "(low, high) with 0 <= low <= 1 <= high"
+
 Window = tuple[int, int] | tuple[float, float]
 # None until `presets.resolve` fills it in. `Any` spares those who read complete settings a check.
 Unset: TypeAlias = Any
@@ -79,6 +114,7 @@ class LoopConfig:
         memory: `anderson`, how many earlier iterates are mixed.
         damping: `anderson`, above 0 up to 1.
         weights: `poly_blend`, the K + 1 weights of x0, g(x0), ..., g^K(x0); they sum to 1.
+        guard: limits beyond which a token takes its natural pass; None: no guard.
 
     Raises:
         UserError: a `ValueError` that names the field, the value and what is allowed.
@@ -98,6 +134,7 @@ class LoopConfig:
     memory: int | Unset = None
     damping: float | Unset = None
     weights: tuple[float, ...] | Unset = None
+    guard: Guard | None = None
 
     @property
     def layers(self) -> range:
@@ -126,6 +163,7 @@ class LoopConfig:
         self._check_decode()
         self._check_alpha()
         self._check_weights()
+        self._check_guard()
         if self.integrator == "aitken" and self.loops is not None and self.loops % 2:
             raise _wrong("loops", self.loops, "an even number with integrator 'aitken'")
         if self.integrator == "norm_stab" and self.norm == "interpolated":
@@ -179,13 +217,18 @@ class LoopConfig:
             raise _wrong("weights", self.weights, f"loops + 1 = {self.loops + 1} numbers")
         object.__setattr__(self, "weights", weights)
 
+    def _check_guard(self) -> None:
+        if isinstance(self.guard, Mapping):
+            try:
+                object.__setattr__(self, "guard", Guard(**self.guard))
+            except TypeError as error:
+                raise _wrong("guard", self.guard, "of the fields growth and band") from error
+        if self.guard is not None and not isinstance(self.guard, Guard):
+            raise _wrong("guard", self.guard, "a Guard, or None")
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set, ready for JSON."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-            if value is not None
-        }
+        return _jsonable(asdict(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoopConfig:
@@ -223,7 +266,7 @@ class LoopConfig:
 
 
 # What goes without saying; of an integrator's own fields, nothing.
-_PLAIN = dict.fromkeys(INTEGRATOR_FIELDS) | {
+_PLAIN = dict.fromkeys([*INTEGRATOR_FIELDS, "guard"]) | {
     "scope": "block",
     "routing": "live",
     "norm": "free",
@@ -234,6 +277,16 @@ _PLAIN = dict.fromkeys(INTEGRATOR_FIELDS) | {
 
 def _wrong(name: str, value: object, allowed: str) -> UserError:
     return UserError(f"{name}={value!r} is not valid: {name} must be {allowed}")
+
+
+def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {name: value for name, value in values.items() if value is not None}
+    for name, value in plain.items():
+        if isinstance(value, tuple):
+            plain[name] = list(value)
+        elif isinstance(value, dict):
+            plain[name] = _jsonable(value)
+    return plain
 
 
 def _is_int(value: object) -> bool:

@@ -6,6 +6,7 @@ It knows nothing of screens: `reply` is a generator of what mlx-lm generates.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -94,19 +95,23 @@ class Conversation:
         answer, generated = "", []
         whole = False
         try:
-            for response in stream_generate(
+            responses = stream_generate(
                 self.model,
                 self.tokenizer,
                 rest,
                 prompt_cache=cache,
                 max_kv_size=self.max_kv_size,
+                context=prompt[: -len(rest)],
                 prompt_progress_callback=progress,
                 **generation,
-            ):
-                answer += response.text
-                generated.append(response.token)
-                self.messages = [*asked, {"role": "assistant", "content": answer}]
-                yield response
+            )
+            # Closed before the cache is looked at, because closing may cut it.
+            with closing(responses):
+                for response in responses:
+                    answer += response.text
+                    generated.append(response.token)
+                    self.messages = [*asked, {"role": "assistant", "content": answer}]
+                    yield response
             whole = True
         except (GeneratorExit, Interrupted):
             whole = True

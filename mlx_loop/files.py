@@ -20,7 +20,7 @@ def whole_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UserError: `path` exists and may not be overwritten, or it cannot be written.
     """
-    _may_write(path, overwrite)
+    check_new(path, overwrite)
     with _scratch(path) as folder:
         yield folder / path.name
         (folder / path.name).replace(path)
@@ -33,7 +33,7 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UserError: as `whole_file`.
     """
-    _may_write(path, overwrite)
+    check_new(path, overwrite)
     with _scratch(path) as folder:
         new, old = folder / "new", folder / "old"
         new.mkdir()
@@ -43,7 +43,29 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         new.replace(path)
 
 
-def _may_write(path: Path, overwrite: bool) -> None:
+def check_space(folder: Path, path: Path, size: int) -> None:
+    """Refuse to begin what the disk of `folder` has no room for.
+
+    Args:
+        path: what the user called it.
+        size: bytes.
+
+    Raises:
+        UserError: too little is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            f"{path} needs {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on that disk"
+        )
+
+
+def check_new(path: Path, overwrite: bool) -> None:
+    """Refuse to begin what would overwrite something unasked.
+
+    Raises:
+        UserError: `path` exists and not `overwrite`.
+    """
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already: choose another name or allow overwriting it")
 

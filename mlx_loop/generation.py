@@ -1,20 +1,32 @@
-"""Generation: mlx-lm's own, told where the prompt ends."""
+"""Generation: mlx-lm's own, told where the prompt ends, or speculative."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
-from mlx_lm.generate import GenerationResponse
+from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
 from mlx_lm.models.cache import RotatingKVCache
-from mlx_lm.models.cache import make_prompt_cache as mlx_lm_make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .cache import ROTATING_KEEP, histories
+from .cache import ROTATING_KEEP, histories, position
 from .errors import UserError
 from .loop import Looped
+from .memory import head_sizes, prefill_step
+from .sampling import Sampler
+from .speculative import (
+    Drafter,
+    LookupDraft,
+    ModelDraft,
+    SelfDraft,
+    speculative_generate_step,
+)
 
 Prompt = str | Sequence[int] | mx.array
 
@@ -41,7 +53,8 @@ def stream_generate(
     *,
     prompt_cache: list[Any] | None = None,
     max_kv_size: int | None = None,
-    draft_model: Any = None,
+    draft: str | nn.Module | Drafter | None = None,
+    context: Sequence[int] = (),
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """mlx-lm's `stream_generate` for a looped model under any `decode` setting.
@@ -49,26 +62,111 @@ def stream_generate(
     Args:
         prompt: a text, or token ids.
         prompt_cache: what came before; it is updated. None: nothing.
-        kwargs: whatever mlx-lm's `stream_generate` takes.
+        draft: speculative decoding (`mlx_loop.speculative`), with the same tokens or, sampled,
+            from the same distribution: `self`, the un-looped model drafts; `lookup`, the text so
+            far does; or a small model with the same tokens.
+        context: the tokens in `prompt_cache`, which `lookup` and a model draft from.
+        kwargs: whatever mlx-lm's `stream_generate` takes; with a draft, what
+            `speculative_generate_step` does. With `kv_bits`, `prefill_step_size` is 512 unless it
+            is given (`memory.prefill_step`).
 
     Raises:
-        UserError: as `check_prompt`.
+        UserError: as `check_prompt`, and `speculative.check` where something drafts.
     """
+    if "draft_model" in kwargs:
+        raise UserError("pass the draft model as draft, not as draft_model")
     tokens = encode(tokenizer, prompt)
     if prompt_cache is None:
         prompt_cache = make_prompt_cache(model, max_kv_size)
-        if draft_model is not None:
-            prompt_cache += mlx_lm_make_prompt_cache(draft_model)
-    check_prompt(model, tokens, prompt_cache, max_kv_size, kwargs.get("kv_bits"))
-    yield from mlx_lm.stream_generate(
-        model.for_prompt(prompt_cache, len(tokens)),
-        tokenizer,
+    kv_bits = kwargs.get("kv_bits")
+    check_prompt(model, tokens, prompt_cache, max_kv_size, kv_bits, kwargs.get("kv_group_size", 64))
+    kwargs.setdefault("prefill_step_size", prefill_step(kv_bits))
+    if draft is None or (draft == "self" and model.is_unlooped):
+        kwargs.pop("num_draft_tokens", None)
+        yield from mlx_lm.stream_generate(
+            model.for_prompt(prompt_cache, len(tokens)),
+            tokenizer,
+            tokens,
+            max_tokens,
+            prompt_cache=prompt_cache,
+            **kwargs,
+        )
+        return
+    drafter = _drafter(draft)
+    _check_draft(drafter, prompt_cache, context, kwargs)
+    steps = speculative_generate_step(
         tokens,
-        max_tokens,
+        model,
+        drafter,
         prompt_cache=prompt_cache,
-        draft_model=draft_model,
+        context=context,
+        max_tokens=max_tokens,
         **kwargs,
     )
+    with wired_limit(model, [generation_stream]):  # type: ignore[list-item]
+        yield from _responses(steps, tokenizer, len(tokens), max_tokens)
+
+
+def _drafter(draft: str | nn.Module | Drafter) -> Drafter:
+    if draft == "self":
+        return SelfDraft()
+    if draft == "lookup":
+        return LookupDraft()
+    if isinstance(draft, str):
+        raise UserError(f"draft={draft!r} is not valid: it must be 'self', 'lookup' or a model")
+    return ModelDraft(draft) if isinstance(draft, nn.Module) else draft
+
+
+def _check_draft(
+    drafter: Drafter, cache: list[Any], context: Sequence[int], kwargs: dict[str, Any]
+) -> None:
+    if not isinstance(kwargs.get("sampler") or Sampler(), Sampler):
+        raise UserError(
+            "drafting needs to know the distribution that tokens are drawn from: pass a "
+            "mlx_loop.sampling.Sampler as sampler, with the arguments of mlx-lm's make_sampler"
+        )
+    for name in ("logits_processors", "input_embeddings"):
+        if kwargs.get(name) is not None:
+            raise UserError(f"{name} do not work with a draft: leave one of them out")
+    if isinstance(drafter, ModelDraft) and position(cache[0]) != len(context):
+        raise UserError("a draft model has to read what is in prompt_cache: pass it as context")
+
+
+def _responses(
+    steps: Generator[tuple[int, mx.array, bool], None, None],
+    tokenizer: TokenizerWrapper,
+    prompt_tokens: int,
+    max_tokens: int,
+) -> Generator[GenerationResponse, None, None]:
+    """What mlx-lm's `stream_generate` makes of tokens; it takes no generator but its own."""
+    detokenizer = tokenizer.detokenizer
+    start, prompt_time = time.perf_counter(), 0.0
+    with closing(steps):
+        for n, (token, logprobs, from_draft) in enumerate(steps, 1):
+            if n == 1:
+                prompt_time = time.perf_counter() - start
+                start = time.perf_counter()
+            reason = "length" if n == max_tokens else None
+            if token in tokenizer.eos_token_ids:
+                reason = "stop"
+            else:
+                detokenizer.add_token(token)
+            if reason:
+                detokenizer.finalize()
+            yield GenerationResponse(
+                text=detokenizer.last_segment,
+                token=token,
+                logprobs=logprobs,
+                from_draft=from_draft,
+                prompt_tokens=prompt_tokens,
+                prompt_tps=prompt_tokens / prompt_time,
+                generation_tokens=n,
+                generation_tps=n / (time.perf_counter() - start),
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=reason,
+            )
+            if reason:
+                return
 
 
 def check_prompt(
@@ -77,6 +175,7 @@ def check_prompt(
     cache: Sequence[Any],
     max_kv_size: int | None = None,
     kv_bits: int | None = None,
+    kv_group_size: int = 64,
 ) -> None:
     """Refuse what mlx-lm would answer with an exception, or by dropping part of the prompt.
 
@@ -99,6 +198,15 @@ def check_prompt(
         raise UserError(
             "--kv-bits (kv_bits) does not work with a rotating cache, which --max-kv-size and "
             "sliding-window layers need: leave one of them out"
+        )
+    wrong = [size for size in head_sizes(model) if size % kv_group_size]
+    if wrong:
+        raise UserError(
+            f"--kv-group-size (kv_group_size) {kv_group_size} does not divide this model's keys "
+            f"and values of {wrong[0]} numbers: use {math.gcd(wrong[0], 128)}"
+            if wrong[0] % 32 == 0
+            else f"--kv-bits (kv_bits) needs keys and values of whole groups of 32 numbers, and "
+            f"this model's have {wrong[0]}: leave it out"
         )
 
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Protocol
 
 import mlx.core as mx
 
 from .config import LoopConfig
-from .kernels import combine, rescale, token_norm
+from .kernels import Anderson, Form, Rescale, RMSNorm, combine, update
 
 Between = Callable[[int, mx.array], mx.array]
 
@@ -29,24 +29,28 @@ class Window(Protocol):
     """g: one pass over the window, (batch, length, hidden) -> the same shape and dtype.
 
     `between(i, h)`, where given, replaces the output h of the window's i-th layer before it goes
-    on to the next.
+    on to the next. `normed`, where given, is the RMSNorm of x that the first layer begins with.
     """
 
-    def __call__(self, x: mx.array, between: Between | None = None) -> mx.array: ...
+    def __call__(
+        self, x: mx.array, between: Between | None = None, normed: mx.array | None = None
+    ) -> mx.array: ...
 
 
-def integrate(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
+def integrate(g: Window, x0: mx.array, config: LoopConfig, norm: RMSNorm | None = None) -> mx.array:
     """The state that leaves the loop.
 
     Args:
         g: one pass over the window. Its first call is the natural pass, g(x0).
         x0: (batch, length, hidden), the residual stream that enters the window.
         config: complete settings (`presets.resolve`).
+        norm: what g begins with; g then gets it with the states that are formed here.
     """
     integrator = INTEGRATORS[config.integrator]
+    loop = _Loop(g, x0, config, norm)
     if isinstance(integrator, Nonlinear):
-        return integrator.run(g, x0, config)
-    return _run(_plan(config), g, x0, _norm_targets(config))
+        return integrator.run(loop, x0, config)
+    return _run(_plan(config), loop, x0)
 
 
 def passes(config: LoopConfig) -> int:
@@ -169,8 +173,8 @@ def _iteration(updates: Sequence[Update]) -> Tableau:
     holds the weights of f(x_0), f(x_1), ...; x0's own weight is what is missing to 1.
     """
     rows: list[Row] = [(Fraction(0),) * len(updates)] * 2
-    for k, update in enumerate(updates):
-        row, weight = update(rows[-1], rows[-2])
+    for k, next_row in enumerate(updates):
+        row, weight = next_row(rows[-1], rows[-2])
         rows.append(tuple(x + weight * (j == k) for j, x in enumerate(row)))
     stages, last = rows[1:-1], rows[-1]
     return Tableau(tuple(row[:k] for k, row in enumerate(stages)), last)
@@ -269,151 +273,113 @@ def _express(target: Row, at_hand: Mapping[int, Row], tableau: Tableau) -> dict[
     return terms
 
 
-NormTargets = Callable[[int, mx.array, mx.array], mx.array | None]
-
-
-def _run(plan: Plan, g: Window, x0: mx.array, norm_targets: NormTargets) -> mx.array:
+def _run(plan: Plan, loop: _Loop, x0: mx.array) -> mx.array:
     states: dict[int, mx.array] = {_input(0): x0}
 
-    def form(step: Combination, loop: int | None) -> mx.array:
-        state = combine(step.coefficients, [states[i] for i in step.states])
-        norm = None if loop is None else norm_targets(loop, x0, states[_output(0)])
-        return state if norm is None else rescale(state, norm)
+    def formed(step: Combination, k: int | None) -> mx.array:
+        return loop.form(k, step.coefficients, [states[i] for i in step.states])
 
     for i, stage in enumerate(plan.stages):
         if stage is None:
             continue
         if i:
-            loop, intermediate = divmod(i, plan.stages_per_loop)
-            states[_input(i)] = form(stage, None if intermediate else loop)
-        states[_output(i)] = g(states[_input(i)])
-    return form(plan.out, len(plan.stages) // plan.stages_per_loop)
+            k, intermediate = divmod(i, plan.stages_per_loop)
+            states[_input(i)] = formed(stage, None if intermediate else k)
+        states[_output(i)] = loop.g(states[_input(i)])
+    return formed(plan.out, len(plan.stages) // plan.stages_per_loop)
 
 
-def _norm_targets(config: LoopConfig) -> NormTargets:
-    """The norm that each token of iterate k is rescaled to, (batch, length, 1); None: none."""
-    if config.integrator == "norm_stab":
-        return lambda k, x0, natural: token_norm(x0)
-    if config.norm == "free":
-        return lambda k, x0, natural: None
+class _Loop:
+    """The two things that an integrator does: evaluate g, and form states by one update each.
 
-    def interpolated(k: int, x0: mx.array, natural: mx.array) -> mx.array | None:
-        if k == config.loops:
+    Where an iterate's norm is set, it lies between |x0| and |g(x0)|, token by token. The first
+    update that needs these two measures them in its own pass over the states. Likewise the update
+    that forms a state takes the norm that g begins with along.
+    """
+
+    def __init__(self, g: Window, x0: mx.array, config: LoopConfig, norm: RMSNorm | None):
+        self._g, self._x0, self._config, self._norm = g, x0, config, norm
+        self._natural: mx.array | None = None
+        self._ends: mx.array | None = None
+        self._formed: tuple[mx.array, mx.array | None] = (x0, None)
+
+    def g(self, x: mx.array, between: Between | None = None) -> mx.array:
+        """One pass."""
+        state, normed = self._formed
+        if x is state and normed is not None:
+            return self._g(x, between, normed)
+        out = self._g(x) if between is None else self._g(x, between)
+        if self._natural is None:
+            self._natural = out
+        return out
+
+    def form(self, k: int | None, form: Form, states: Sequence[mx.array]) -> mx.array:
+        """Iterate k, or for None an intermediate stage, in `form` (`kernels.update`)."""
+        at = None if k is None else self._norm_at(k)
+        norm = None if k == self._config.loops else self._norm
+        rescale = None if at is None else Rescale(at, self._ends)
+        measure: list[list[float]] = []
+        if rescale is not None and self._ends is None:
+            assert self._natural is not None
+            ends = (self._x0, self._natural)
+            states = [*states, *(end for end in ends if all(end is not y for y in states))]
+            measure = [[float(y is end) for y in states] for end in ends]
+        found = update(form, states, measure=measure, rescale=rescale, rms_norm=norm)
+        self._ends = self._ends if found.norms is None else found.norms
+        self._formed = found.out, found.normed
+        return found.out
+
+    def _norm_at(self, k: int) -> float | None:
+        """Where iterate k's norm lies: 0 is |x0|, 1 is |g(x0)|; None: it stays as it is."""
+        if self._config.integrator == "norm_stab":
+            return 0.0
+        if self._config.norm == "free" or k == self._config.loops:
             return None
-        start = token_norm(x0)
-        return start + (token_norm(natural) - start) * (k / config.loops)
-
-    return interpolated
+        return k / self._config.loops
 
 
 # --- Beside the tableaux --------------------------------------------------------------------
 
 
-def anderson(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
-    """Anderson acceleration, type II: `x <- x + d f - (dX + d dF) c`, c = argmin |f - dF c|.
+def anderson(loop: _Loop, x0: mx.array, config: LoopConfig) -> mx.array:
+    """Anderson acceleration of x <- g(x) over the last `memory` differences (`kernels.Anderson`).
 
-    dX and dF hold the last `memory` differences of x and f, d is `damping`. Least squares in
-    float32, for each token on its own: no token sees a later one. Walker, Ni, Anderson
-    acceleration for fixed-point iterations (SIAM J. Numer. Anal. 49, 2011), algorithm AA.
+    Each token on its own: no token sees a later one. Walker, Ni 2011.
     """
-    norm_targets = _norm_targets(config)
-    x, x_before, f_before, natural = x0, None, None, None
-    # Each direction is a pair (q, p): q a difference of f made orthogonal to the other q's, p
-    # what the update changes by when f changes by q.
-    differences: list[tuple[mx.array, mx.array]] = []
-    for loop in range(1, config.loops + 1):
-        gx = g(x)
-        natural = gx if natural is None else natural
-        wide = x.astype(mx.float32)
-        f = gx.astype(mx.float32) - wide
-        if x_before is not None and f_before is not None:
-            df = f - f_before
-            differences.insert(0, (df, wide - x_before + config.damping * df))
-            del differences[config.memory :]
-        step = config.damping * f
-        for q, p in _orthogonal(differences):
-            step = step - _quotient(_dot(q, f), _dot(q, q)) * p
-        x_before, f_before = wide, f
-        x = (wide + step).astype(x.dtype) if loop > 1 else _damped(x, gx, config.damping)
-        norm = norm_targets(loop, x0, natural)
-        x = x if norm is None else rescale(x, norm)
+    pairs = [x0, loop.g(x0)]
+    x = loop.form(1, (1 - config.damping, config.damping), pairs)
+    for k in range(2, config.loops + 1):
+        pairs = [x, loop.g(x), *pairs][: 2 * (config.memory + 1)]
+        x = loop.form(k, Anderson(config.damping), pairs)
     return x
 
 
-def aitken(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
+def aitken(loop: _Loop, x0: mx.array, config: LoopConfig) -> mx.array:
     """Aitken's delta-squared in each coordinate, `x <- x - d1^2 / d2`, K / 2 times.
 
     d1 = g(x) - x and d2 = g(g(x)) - 2 g(x) + x. No coordinate moves further than the naive step
     |d1|, and one whose d2 is lost in rounding takes the naive step. [TFL].
     """
-    norm_targets = _norm_targets(config)
-    x, natural = x0, None
-    for loop in range(2, config.loops + 1, 2):
-        g1 = g(x)
-        g2 = g(g1)
-        natural = g1 if natural is None else natural
-        x = _aitken(x, g1, g2)
-        norm = norm_targets(loop, x0, natural)
-        x = x if norm is None else rescale(x, norm)
+    x = x0
+    for k in range(2, config.loops + 1, 2):
+        g1 = loop.g(x)
+        x = loop.form(k, "aitken", (x, g1, loop.g(g1)))
     return x
 
 
-def uniform(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
+def uniform(loop: _Loop, x0: mx.array, config: LoopConfig) -> mx.array:
     """At each layer the mean of its outputs over the passes so far goes on to the next. [TFL]."""
-    norm_targets = _norm_targets(config)
     means: dict[int, mx.array] = {}
-    x, natural = x0, None
-    for loop in range(1, config.loops + 1):
+    x = x0
+    for k in range(1, config.loops + 1):
 
-        def mean(layer: int, h: mx.array, loop: int = loop) -> mx.array:
+        def mean(layer: int, h: mx.array, k: int = k) -> mx.array:
             before = means.get(layer, h)
-            means[layer] = combine((1 - 1 / loop, 1 / loop), (before, h))
+            means[layer] = combine((1 - 1 / k, 1 / k), (before, h))
             return means[layer]
 
-        x = g(x, mean)
-        natural = x if natural is None else natural
-        norm = norm_targets(loop, x0, natural)
-        x = x if norm is None else rescale(x, norm)
+        x = loop.form(k, (1.0,), (loop.g(x, mean),))
     return x
-
-
-def _damped(x: mx.array, gx: mx.array, damping: float) -> mx.array:
-    return combine((1 - damping, damping), (x, gx))
-
-
-def _orthogonal(
-    differences: Sequence[tuple[mx.array, mx.array]],
-) -> list[tuple[mx.array, mx.array]]:
-    """Modified Gram-Schmidt on the q's, token by token, with the p's carried along."""
-    done: list[tuple[mx.array, mx.array]] = []
-    for q, p in differences:
-        length = _dot(q, q)
-        for q0, p0 in done:
-            r = _quotient(_dot(q0, q), _dot(q0, q0))
-            q, p = q - r * q0, p - r * p0
-        # What is left of a dependent difference is rounding: no direction at all.
-        keep = _dot(q, q) > 1e-10 * length
-        done.append((mx.where(keep, q, 0), mx.where(keep, p, 0)))
-    return done
-
-
-def _dot(a: mx.array, b: mx.array) -> mx.array:
-    return mx.sum(a * b, axis=-1, keepdims=True)
-
-
-def _quotient(a: mx.array, b: mx.array) -> mx.array:
-    return mx.where(b > 0, a / mx.where(b > 0, b, 1), 0)
-
-
-@partial(mx.compile, shapeless=True)
-def _aitken(x: mx.array, g1: mx.array, g2: mx.array) -> mx.array:
-    wide, wide1, wide2 = (y.astype(mx.float32) for y in (x, g1, g2))
-    d1 = wide1 - wide
-    d2 = wide2 - 2 * wide1 + wide
-    size = mx.abs(d1)
-    clear = mx.abs(d2) > 1e-3 * size
-    step = mx.where(clear, -d1 * d1 / mx.where(clear, d2, 1), d1)
-    return (wide + mx.clip(step, -size, size)).astype(x.dtype)
 
 
 # --- The table of integrators ---------------------------------------------------------------
@@ -443,7 +409,7 @@ class Linear(_Integrator):
 class Nonlinear(_Integrator):
     """An integrator that is a function."""
 
-    run: Callable[[Window, mx.array, LoopConfig], mx.array]
+    run: Callable[[_Loop, mx.array, LoopConfig], mx.array]
 
 
 _HNW = "Hairer, Norsett, Wanner, Solving ODEs I, II.1"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast
@@ -12,10 +15,22 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from . import checkpoint, memory, sensitivity
+from .card import base_model
 from .config import LoopConfig
 from .errors import UserError
 from .loop import Looped
 from .models import get_classes
+from .quantise import (
+    Params,
+    Quantization,
+    as_quantization,
+    choose,
+    evaluate,
+    is_quantised,
+    pieces,
+    section,
+)
 
 # Checkpoints inside the package, by the names under which `load` knows them.
 _DEMO = Path(__file__).parent / "demo"
@@ -31,9 +46,12 @@ def load(
     *,
     loop: LoopArgument = "saved",
     dtype: str | None = None,
+    quantize: int | str | Quantization | None = None,
+    calibration: str | None = None,
     adapter_path: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     lazy: bool = False,
+    force: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Looped, TokenizerWrapper]:
@@ -46,9 +64,14 @@ def load(
             size. None: looping off.
         dtype: `float32`, `float16` or `bfloat16` for all parameters that are not quantised;
             None: as stored, but float32 for a model with experts on the CPU.
+        quantize: quantise while loading: a number of bits, a mode (`mxfp4`, `nvfp4`, `mxfp8`) or
+            a whole `Quantization`. The peak is near the quantised size plus the largest matrix.
+        calibration: the text on which the recipe `budget` measures; None: one that ships with
+            the package.
         adapter_path: a folder with LoRA adapters, as mlx-lm writes them.
         tokenizer_config: more settings for the tokenizer.
-        lazy: read weights when they are first used.
+        lazy: read weights when they are first used, or now where they are quantised.
+        force: try even what does not fit into memory.
         revision: branch, tag or commit of the repository.
         trust_remote_code: let the tokenizer run code from the checkpoint.
 
@@ -56,25 +79,37 @@ def load(
         UserError: whatever is wrong with the checkpoint or the settings, in one line.
     """
     path = find(path_or_hf_repo, revision)
-    get_classes(read_config(path))
-    # transformers makes up an empty tokenizer where it finds none.
-    if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
-        raise UserError(f"{path} has no tokenizer files; mlx_loop.load_model needs none")
+    settings = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
+    tokenizer = load_tokenizer(path, settings)
+    measures = quantize is not None and as_quantization(quantize).recipe == "budget"
     model = load_model(
         path,
         loop=loop,
         dtype=dtype,
+        quantize=quantize,
+        calibration=sensitivity.encode(tokenizer, calibration) if measures else None,
         adapter_path=adapter_path,
         lazy=lazy,
+        force=force,
     )
-    settings = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
+    return model, tokenizer
+
+
+def load_tokenizer(path: Path, settings: dict[str, Any]) -> TokenizerWrapper:
+    """The tokenizer in the folder of a checkpoint.
+
+    Args:
+        settings: more settings for it.
+    """
+    config = read_config(path)
+    get_classes(config)
+    # transformers makes up an empty tokenizer where it finds none.
+    if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
+        raise UserError(f"{path} has no tokenizer files; mlx_loop.load_model needs none")
     try:
-        tokenizer = mlx_lm_utils.load_tokenizer(
-            path, settings, eos_token_ids=model.config.get("eos_token_id")
-        )
+        return mlx_lm_utils.load_tokenizer(path, settings, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises a different kind for each missing file.
         raise UserError(f"cannot load the tokenizer in {path}: {_line(error)}") from error
-    return model, tokenizer
 
 
 def load_model(
@@ -82,36 +117,104 @@ def load_model(
     *,
     loop: LoopArgument = "saved",
     dtype: str | None = None,
+    quantize: int | str | Quantization | None = None,
+    calibration: mx.array | None = None,
     adapter_path: str | None = None,
     lazy: bool = False,
+    force: bool = False,
     revision: str | None = None,
 ) -> Looped:
-    """The model alone, for a checkpoint without a tokenizer. Arguments as in `load`."""
+    """The model alone, for a checkpoint without a tokenizer. Arguments as in `load`, but
+
+    Args:
+        calibration: tokens (batch, length) on which the recipe `budget` measures.
+    """
     if dtype not in (None, "float32", "float16", "bfloat16"):
         raise UserError(f"dtype={dtype!r} is not valid: it must be float32, float16 or bfloat16")
     path = find(path_or_hf_repo, revision)
-    config = read_config(path)
-    get_classes(config)
-    _check_shards(path)
-    try:
-        loaded, config = mlx_lm_utils.load_model(path, lazy=True, get_model_classes=get_classes)
-        model = cast(Looped, loaded)
-        if dtype is None and model.moe is not None and mx.default_device() == mx.cpu:
-            dtype = "float32"  # MLX gathers experts on the CPU in float32 only.
-        if dtype is not None:
-            model.set_dtype(getattr(mx, dtype))
+    model = open_checkpoint(path, loop)
+    chosen = {}
+    if quantize is not None:
+        chosen = quantization_for(model, as_quantization(quantize), calibration)
+    with _one_line(path):
+        if dtype is None and needs_float32(model):
+            dtype = "float32"
+        todo = pieces(model, chosen, None if dtype is None else getattr(mx, dtype))
+        if not (force or lazy):
+            memory.check(model, base_model(model) or str(path))
+        if chosen:
+            evaluate(todo)
+        del todo
         if adapter_path is not None:
             mlx_lm_utils.load_adapters(model, adapter_path)
             model.eval()
         if not lazy:
             mx.eval(model.parameters())
+    return model
+
+
+def open_checkpoint(path: Path, loop: LoopArgument = "saved") -> Looped:
+    """The model in a folder, checked, its weights not yet read.
+
+    Raises:
+        UserError: whatever is wrong with the checkpoint or the settings, in one line.
+    """
+    config = read_config(path)
+    get_classes(config)
+    checkpoint.check(path, config)
+    with _one_line(path):
+        loaded, config = mlx_lm_utils.load_model(path, lazy=True, get_model_classes=get_classes)
+    model = cast(Looped, loaded)
+    model.path, model.config = path, MappingProxyType(config)
+    model.loop = saved_loop(model) if loop == "saved" else loop
+    return model
+
+
+def quantization_for(
+    model: Looped,
+    quantization: Quantization,
+    calibration: mx.array | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Params]:
+    """How each matrix of a model from `open_checkpoint` is quantised; its config says so too.
+
+    Args:
+        calibration: tokens (batch, length), for the recipe `budget`.
+        progress: called with the layers measured and the layers in all.
+
+    Raises:
+        UserError: the model is quantised already, or the recipe does not fit it.
+    """
+    assert model.path is not None
+    if is_quantised(model):
+        raise UserError(f"{model.path} is quantised already: give the checkpoint in full precision")
+    widths = None
+    if quantization.recipe == "budget":
+        if calibration is None:
+            raise UserError("the recipe budget needs a tokenizer: use mlx_loop.load")
+        base, full = (open_checkpoint(model.path, model.loop) for _ in range(2))
+        widths = sensitivity.budget(base, full, quantization, calibration, progress)
+    chosen = choose(model, quantization, widths)
+    written = section(quantization, chosen)
+    model.config = MappingProxyType(
+        {**model.config, "quantization": written, "quantization_config": written}
+    )
+    return chosen
+
+
+def needs_float32(model: Looped) -> bool:
+    """MLX gathers experts on the CPU in float32 only."""
+    return model.moe is not None and mx.default_device() == mx.cpu
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"cannot load {path}: {_line(error)}") from error
-    model.path, model.config = path, MappingProxyType(config)
-    model.loop = saved_loop(model) if loop == "saved" else loop
-    return model
 
 
 def saved_loop(model: Looped) -> LoopConfig | None:
@@ -165,17 +268,6 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _check_shards(path: Path) -> None:
-    if not list(path.glob("model*.safetensors")):
-        raise UserError(f"{path} has no model*.safetensors: the weights are missing")
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        return
-    shards = set(json.loads(index.read_text())["weight_map"].values())
-    missing = sorted(name for name in shards if not (path / name).exists())
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: download or copy it again")
-
-
 def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+    words = " ".join(str(error).split())
+    return textwrap.shorten(words, 300, placeholder=" ...") if words else repr(error)

@@ -10,21 +10,36 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
 
+from .cache import (
+    FirstSideBySide,
+    Own,
+    Uncached,
+    histories,
+    own_entries,
+    plain_entries,
+    policy,
+    position,
+    rewind,
+    side_by_side,
+)
 from .cache import check as check_cache
-from .cache import histories, own_entries, plain_entries, policy, position
 from .config import LoopConfig
 from .errors import UserError
+from .guard import Count, integrate_guarded
 from .integrators import Between, integrate, is_natural, passes
+from .kernels import RMSNorm, on_gpu
 from .phase import announce, prompt_end
 from .presets import resolve
-from .routing import MoEBlock, with_frozen_routing
+from .routing import MoEBlock, join_routing, with_frozen_routing
 
 
 class Looped(nn.Module):
@@ -53,6 +68,7 @@ class Looped(nn.Module):
 
     _loop: LoopConfig | None = None
     _prompt_end: int | None = None
+    _firings: Count | None = None
 
     # --- Settings ---
 
@@ -66,6 +82,7 @@ class Looped(nn.Module):
         if loop is not None:
             loop = resolve(loop, self.model_type, self.family, len(self.layers))
         self._loop = loop
+        self._firings = None if loop is None or loop.guard is None else Count()
 
     def with_loop(self, loop: LoopConfig | None) -> Looped:
         """Another view on the same weights, with loop settings of its own. Copies no array."""
@@ -77,6 +94,14 @@ class Looped(nn.Module):
     def is_unlooped(self) -> bool:
         """Whether the settings amount to the plain model: none, K = 1, or `anchored` at beta 1."""
         return self._loop is None or is_natural(self._loop)
+
+    def take_firings(self) -> tuple[int, int]:
+        """How often the guard fired: (firings, tokens times loops), since the last call.
+
+        Counted are calls with a cache, that is generation, of this view and those that
+        `for_prompt` made of it. In layer scope each layer is a loop. (0, 0) without a guard.
+        """
+        return (0, 0) if self._firings is None else self._firings.take()
 
     # --- Where the prompt ends ---
 
@@ -127,15 +152,12 @@ class Looped(nn.Module):
         loop = None if self.is_unlooped else self._loop
         if loop is None and input_embeddings is None:
             return super().__call__(inputs, cache)
-        if getattr(self.model, "pipeline_size", 1) > 1:
-            raise UserError("a model split into a pipeline cannot loop: set loop=None")
-        h = self.model.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        h = self._embed(inputs, input_embeddings)
         looped = 0 if loop is None else self._count_looped(loop, cache, h.shape[1])
         # The tokens that loop come first and cannot see the others, so they go first.
         parts = [(h[:, :looped], True), (h[:, looped:], False)]
         outs = [self._walk(x, cache, loop, loops) for x, loops in parts if x.shape[1]]
-        h = self.model.norm(outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1))
-        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
+        return self.logits(outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1))
 
     def masks(self, h: mx.array, caches: Sequence[Any]) -> Sequence[Any]:
         """The attention mask of each layer, as mlx-lm's own model makes it.
@@ -147,51 +169,166 @@ class Looped(nn.Module):
         raise NotImplementedError
 
     def _walk(
-        self, h: mx.array, cache: Sequence[Any] | None, loop: LoopConfig | None, loops: bool
+        self,
+        h: mx.array,
+        cache: Sequence[Any] | None,
+        loop: LoopConfig | None,
+        loops: bool,
+        part: range | None = None,
+        masks: Sequence[Any] | None = None,
     ) -> mx.array:
-        """All layers, (batch, length, hidden) -> the same.
+        """Layers in order, (batch, length, hidden) -> the same.
 
         Args:
             loop: None: there is no window.
             loops: whether these tokens loop, or pass the window once.
+            part: the layers, which hold the whole window; None: all.
+            masks: of all layers; None: they are made.
         """
-        layers = self.layers
-        entries = [None] * len(layers) if cache is None else cache
-        masks = self.masks(h, [entry and histories(entry)[0] for entry in entries])
-        window = range(0) if loop is None else loop.layers
-        for i in range(window.start):
-            h = layers[i](h, masks[i], entries[i])
+        part = range(len(self.layers)) if part is None else part
+        entries = [None] * len(self.layers) if cache is None else cache
+        masks = self._masks(h, entries) if masks is None else masks
+        window = part[:0] if loop is None else loop.layers
+        h = self._through(range(part.start, window.start), h, masks, entries)
         if loop is not None:
-            size = len(window) if loop.scope == "block" else 1
-            for i in window[::size]:
-                part = slice(i, i + size)
-                h = self._window(h, layers[part], masks[part], entries[part], loop, loops)
-        for i in range(window.stop, len(layers)):
-            h = layers[i](h, masks[i], entries[i])
+            for inside in _parts(loop):
+                h = self._window(h, inside, masks, entries, loop, loops)
+        return self._through(range(window.stop, part.stop), h, masks, entries)
+
+    def _through(
+        self, layers: range, h: mx.array, masks: Sequence[Any], entries: Sequence[Any]
+    ) -> mx.array:
+        for i in layers:
+            h = self.layers[i](h, masks[i], entries[i])
         return h
+
+    def _masks(self, h: mx.array, entries: Sequence[Any]) -> Sequence[Any]:
+        return self.masks(h, [entry and histories(entry)[0] for entry in entries])
+
+    def logits(self, h: mx.array) -> mx.array:
+        """States after all layers, (batch, length, hidden) -> logits (batch, length, vocab)."""
+        h = self.model.norm(h)
+        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
 
     def _window(
         self,
         h: mx.array,
-        layers: Sequence[nn.Module],
+        part: range,
         masks: Sequence[Any],
         entries: Sequence[Any],
         loop: LoopConfig,
         loops: bool,
     ) -> mx.array:
-        """What is iterated as one: the whole window, or in layer scope one of its layers."""
-        if loops and loop.routing == "frozen" and self.moe is not None:
-            layers = [with_frozen_routing(layer, self.moe) for layer in layers]
-        kv = [policy(loop.cache, entry, h.shape[1]) for entry in entries]
-        g = _Window(layers, masks, kv)
-        h = integrate(g, h, loop) if loops else g(h)
-        if loops and loop.cache == "last" and entries[0] is not None:
+        """The layers `part`, which are iterated as one."""
+        layers = self._for_loop(part, loop) if loops else [self.layers[i] for i in part]
+        kv = [policy(loop.cache, entries[i], h.shape[1]) for i in part]
+        g = _Window(layers, [masks[i] for i in part], kv)
+        h = self._integrate(g, h, loop, _norm(layers[0])) if loops else g(h)
+        if loops and loop.cache == "last" and entries[part[0]] is not None:
             # MLX is lazy: of this pass only keys and values are read, so of the last layer
             # nothing else is computed.
             g(h)
         for entry in kv:
             entry.close()
         return h
+
+    def _integrate(
+        self, g: _Window, x0: mx.array, loop: LoopConfig, norm: RMSNorm | None
+    ) -> mx.array:
+        if loop.guard is None:
+            return integrate(g, x0, loop, norm)
+        out, fired = integrate_guarded(g, x0, loop, loop.guard, norm)
+        # Without a cache this may be training, and nothing may leave a compiled function.
+        return out if self._firings is None or not g.cached else self._firings.add(fired, out)
+
+    def _for_loop(self, part: range, loop: LoopConfig) -> list[nn.Module]:
+        """These layers, as one loop over them needs them."""
+        layers = [self.layers[i] for i in part]
+        if loop.routing == "frozen" and self.moe is not None:
+            return [with_frozen_routing(layer, self.moe) for layer in layers]
+        return layers
+
+    def _embed(self, tokens: mx.array, embeddings: mx.array | None = None) -> mx.array:
+        if getattr(self.model, "pipeline_size", 1) > 1:
+            raise UserError("a model split into a pipeline cannot loop: set loop=None")
+        return self.model.embed_tokens(tokens) if embeddings is None else embeddings
+
+    # --- The forward pass in two halves, for speculative decoding ---
+    #
+    # Up to the first natural pass the plain and the looped model do the same, so `enter` serves
+    # both, and `leave_plain` and `leave_looped` go on from there. All need a model that loops,
+    # one sequence, a cache that can be trimmed, and key/value policy `first` or `own`.
+
+    def enter(self, tokens: mx.array, cache: Sequence[Any]) -> Natural:
+        """Prelude and first natural pass of tokens (1, length), int; writes their entries there."""
+        loop, h, past = self._looping(), self._embed(tokens), position(cache[0])
+        part = _parts(loop)[0]
+        masks = self._masks_at(past, h)
+        entries = [histories(entry)[0] for entry in cache]
+        x0 = h = self._through(range(part.start), h, masks, entries)
+        layers, outputs = self._for_loop(part, loop), []
+        for i, layer in zip(part, layers, strict=True):
+            h = layer(h, masks[i], entries[i])
+            outputs.append(h)
+        return Natural(past, x0, outputs, layers)
+
+    def leave_plain(self, natural: Natural, cache: Sequence[Any]) -> mx.array:
+        """The plain model's logits (1, length, vocab); writes entries that are not the loop's."""
+        part = _parts(self._looping())[0]
+        h = natural.outputs[-1]
+        masks = self._masks_at(natural.past, h)
+        entries = [histories(entry)[0] for entry in cache]
+        return self.logits(self._through(range(part.stop, len(cache)), h, masks, entries))
+
+    def leave_looped(self, natural: Natural, cache: Sequence[Any]) -> mx.array:
+        """The looped model's logits (1, length, vocab), as if each token had been fed alone.
+
+        It replaces the entries that `leave_plain` wrote.
+        """
+        loop, h = self._looping(), natural.x0
+        rewind(cache[_parts(loop)[0].stop :], natural.past)
+        masks = self._masks_at(natural.past, h)
+        for part in _parts(loop):
+            h = self._window_side_by_side(h, part, masks, cache, loop, natural)
+        return self.logits(self._through(range(loop.layers.stop, len(cache)), h, masks, cache))
+
+    def _window_side_by_side(
+        self,
+        h: mx.array,
+        part: range,
+        masks: Sequence[Any],
+        cache: Sequence[Any],
+        loop: LoopConfig,
+        natural: Natural,
+    ) -> mx.array:
+        """As `_window`, each token as if fed alone. Under `own` that is so for any tokens."""
+        length, here = h.shape[1], [masks[i] for i in part]
+        kv: list[Own | FirstSideBySide]
+        if loop.cache == "own":
+            kv, later = [Own(cache[i], length) for i in part], here
+        else:
+            kv = [FirstSideBySide(cache[i], length) for i in part]
+            later = [side_by_side(mask, natural.past, length) for mask in here]
+        if part.start == loop.layers.start:
+            layers = natural.layers
+            g = _Window(layers, here, kv, later, natural.outputs)
+        else:
+            layers = self._for_loop(part, loop)
+            g = _Window(layers, here, kv, later)
+        h = self._integrate(g, h, loop, _norm(layers[0]))
+        for entry in kv:
+            entry.close()
+        return h
+
+    def _looping(self) -> LoopConfig:
+        assert self._loop is not None
+        return self._loop
+
+    def _masks_at(self, past: int, h: mx.array) -> Sequence[Any]:
+        """The masks of tokens that come after `past` others, whatever the cache holds already."""
+        ruler = KVCache()
+        ruler.offset = past
+        return self.masks(h, [ruler] * len(self.layers))
 
     # --- Caches ---
 
@@ -222,20 +359,92 @@ class Looped(nn.Module):
         return passes(self._loop)
 
 
-class _Window:
-    """g: one pass over some layers. It counts its evaluations for the key/value policy."""
+@dataclass
+class Natural:
+    """What the plain and the looped pass over some tokens share: all up to the natural pass.
 
-    def __init__(self, layers: Sequence[Any], masks: Sequence[Any], kv: Sequence[Any]):
-        self._blocks = list(zip(layers, masks, kv, strict=True))
+    Args:
+        past: tokens before these.
+        x0: (1, length, hidden), what enters the window.
+        outputs: of each layer of what is iterated first, (1, length, hidden) each.
+        layers: those layers; with frozen routing they know the experts that this pass chose.
+    """
+
+    past: int
+    x0: mx.array
+    outputs: list[mx.array]
+    layers: list[nn.Module]
+
+    @classmethod
+    def join(cls, parts: Sequence[Natural], moe: MoEBlock | None) -> Natural:
+        """One for the tokens of all parts, which follow each other."""
+        layers = parts[0].layers
+        if moe is not None:
+            columns = zip(*(part.layers for part in parts), strict=True)
+            layers = [join_routing(column, moe) for column in columns]
+        outputs = zip(*(part.outputs for part in parts), strict=True)
+        return cls(
+            parts[0].past,
+            mx.concatenate([part.x0 for part in parts], axis=1),
+            [mx.concatenate(list(output), axis=1) for output in outputs],
+            layers,
+        )
+
+
+class _Window:
+    """g: one pass over some layers. It counts its evaluations for the key/value policy.
+
+    Args:
+        masks, later_masks: of the natural evaluation and of later ones; None: the same.
+        outputs: of each layer in the natural evaluation, where that has been done; else none.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        masks: Sequence[Any],
+        kv: Sequence[Any],
+        later_masks: Sequence[Any] | None = None,
+        outputs: Sequence[mx.array] = (),
+    ):
+        self._layers, self._kv, self._outputs = layers, kv, outputs
+        self._masks, self._later_masks = masks, masks if later_masks is None else later_masks
+        self.cached = not isinstance(kv[0], Uncached)
         self._evaluation = 0
 
-    def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:
-        for i, (layer, mask, kv) in enumerate(self._blocks):
-            x = layer(x, mask, kv.view(self._evaluation))
+    def __call__(
+        self, x: mx.array, between: Between | None = None, normed: mx.array | None = None
+    ) -> mx.array:
+        natural = self._evaluation == 0
+        masks = self._masks if natural else self._later_masks
+        for i, (layer, mask, kv) in enumerate(zip(self._layers, masks, self._kv, strict=True)):
+            view = kv.view(self._evaluation)
+            if i == 0 and normed is not None:
+                layer = _with_normed_input(layer, normed)
+            x = self._outputs[i] if natural and self._outputs else layer(x, mask, view)
             if between is not None:
                 x = between(i, x)
         self._evaluation += 1
         return x
+
+
+def _norm(layer: Any) -> RMSNorm | None:
+    """What a layer begins with, if an update can take it along, which pays where it is a kernel."""
+    norm = getattr(layer, "input_layernorm", None) if on_gpu() else None
+    return RMSNorm(norm.weight, norm.eps) if type(norm) is nn.RMSNorm else None
+
+
+def _with_normed_input(layer: nn.Module, normed: mx.array) -> nn.Module:
+    """A copy of `layer`, sharing all weights, for an input whose RMSNorm is at hand."""
+    stand_in = copy.copy(layer)
+    stand_in["input_layernorm"] = lambda x: normed
+    return stand_in
+
+
+def _parts(loop: LoopConfig) -> list[range]:
+    """The layers that are iterated as one: the whole window, or in layer scope one at a time."""
+    size = len(loop.layers) if loop.scope == "block" else 1
+    return [loop.layers[i : i + size] for i in range(0, len(loop.layers), size)]
 
 
 def layer_passes(loop: LoopConfig | None, num_layers: int) -> int:
@@ -250,3 +459,60 @@ def layer_passes(loop: LoopConfig | None, num_layers: int) -> int:
     if loop.cache == "last" and loop.scope == "block":
         extra += len(loop.layers) - 1
     return num_layers + extra
+
+
+# --- Several views at once ---
+
+
+def forward(
+    views: Sequence[Looped], tokens: mx.array, caches: Sequence[list[Any]] | None = None
+) -> list[mx.array]:
+    """States of each view after all layers; all tokens loop, as those of a prompt do.
+
+    Args:
+        views: of one model. Layers below a view's window are computed once for all views.
+        tokens: (batch, length), int.
+        caches: one for each view, as `share` left them; None: none.
+
+    Returns:
+        (batch, length, hidden) for each view; `Looped.logits` makes logits of them.
+    """
+    entries: Sequence[Any] = [None] * len(views) if caches is None else caches
+    count, starts = len(views[0].layers), _starts(views)
+    h = views[0].model.embed_tokens(tokens)
+    # Before any layer writes: masks depend on how much a cache holds.
+    masks = [
+        view._masks(h, [None] * count if cache is None else cache)
+        for view, cache in zip(views, entries, strict=True)
+    ]
+    outs, done = {}, 0
+    for i in sorted(range(len(views)), key=starts.__getitem__):
+        if starts[i] > done:
+            h = views[i]._walk(h, entries[i], None, False, range(done, starts[i]), masks[i])
+            done = starts[i]
+        loop = None if views[i].is_unlooped else views[i].loop
+        rest = range(done, count)
+        outs[i] = views[i]._walk(h, entries[i], loop, True, rest, masks[i])
+    return [outs[i] for i in range(len(views))]
+
+
+def share(views: Sequence[Looped], caches: Sequence[list[Any]]) -> None:
+    """Make caches of equal content one below the windows, as `forward` needs them."""
+    starts = _starts(views)
+    deepest = caches[starts.index(max(starts))]
+    for cache, start in zip(caches, starts, strict=True):
+        cache[:start] = deepest[:start]
+
+
+def part(views: Sequence[Looped], caches: Sequence[list[Any]]) -> None:
+    """Undo `share`. The arrays stay shared until one cache writes, and nothing is copied now."""
+    for cache, start in zip(caches, _starts(views), strict=True):
+        cache[:start] = copy.deepcopy(cache[:start])
+
+
+def _starts(views: Sequence[Looped]) -> list[int]:
+    """For each view, how many layers come before its window; all, where nothing loops."""
+    count = len(views[0].layers)
+    return [
+        count if view.is_unlooped or view.loop is None else view.loop.layers.start for view in views
+    ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .config import CHOICES, INTEGRATORS, LoopConfig
+from .config import CHOICES, INTEGRATORS, Guard, LoopConfig
 from .errors import UserError
 from .presets import RECIPES
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from .loop import Looped
+    from .sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,47 @@ def parse_setting(name: str, text: str) -> Any:
         raise UserError(f"{name} {text!r} is not valid: write {setting.form}") from error
 
 
+# Their values have commas in them, so several values have semicolons between.
+_WITH_COMMAS = ("alpha", "weights", "guard")
+
+
+def parse_settings(name: str, text: str) -> list[Any]:
+    """Several values of the `LoopConfig` field `name`, with commas between.
+
+    Raises:
+        UserError: as `parse_setting`.
+    """
+    values = text.split(";" if name in _WITH_COMMAS else ",")
+    return [parse_setting(name, value.strip()) for value in values]
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """Fields of one setting, `loops=6 beta=0.3`.
+
+    Raises:
+        UserError: something that is not FIELD=VALUE, or as `parse_setting`.
+    """
+    fields = {}
+    for pair in text.split():
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f'{pair!r} is not FIELD=VALUE: write for example "loops=6 beta=0.3"')
+        fields[name] = parse_setting(name, value)
+    return fields
+
+
+def combinations(start: LoopConfig, axes: Mapping[str, Sequence[Any]]) -> list[LoopConfig]:
+    """`start` with every combination of the fields' values.
+
+    Raises:
+        UserError: values that do not fit each other.
+    """
+    return [
+        replace(start, **dict(zip(axes, values, strict=True)))
+        for values in itertools.product(*axes.values())
+    ]
+
+
 def _window(text: str) -> tuple:
     start, stop = text.split(":")
     return (float(start), float(stop)) if "." in text else (int(start), int(stop))
@@ -63,6 +106,16 @@ def _floats(text: str) -> tuple[float, ...]:
 
 def _alpha(text: str) -> float | tuple[float, ...]:
     return _floats(text) if "," in text else float(text)
+
+
+def _guard(text: str) -> Guard | None:
+    if text in ("on", "off"):
+        return Guard() if text == "on" else None
+    growth, _, band = text.partition(",")
+    if not band:
+        return Guard(float(growth))
+    low, high = band.split(":")
+    return Guard(float(growth), (float(low), float(high)))
 
 
 def _choice(field: str, help_text: str, metavar: str = "") -> Setting:
@@ -125,6 +178,13 @@ SETTINGS: dict[str, Setting] = {
         "W,W,...",
         "poly_blend: weights of x, g(x), g(g(x)), ...",
     ),
+    "guard": Setting(
+        _guard,
+        "on, off, a growth (1.5), or growth,low:high (1.5,0.8:1.2)",
+        "{on,off,GROWTH,LOW:HIGH}",
+        "take the plain pass where a token's loop goes astray: its residual grows by more than "
+        "GROWTH, or its norm leaves LOW to HIGH times the plain pass's (on: 1.5,0.8:1.2)",
+    ),
 }
 
 
@@ -144,9 +204,9 @@ def number(kind: type, low: float, high: float, form: str) -> Callable[[str], An
 
 
 positive = number(int, 1, math.inf, "a whole number from 1 up")
-_from_zero = number(int, 0, math.inf, "a whole number from 0 up")
-_temperature = number(float, 0, math.inf, "a number from 0 up")
-_fraction = number(float, 0, 1, "a number from 0 to 1")
+from_zero = number(int, 0, math.inf, "a whole number from 0 up")
+temperature = number(float, 0, math.inf, "a number from 0 up")
+fraction = number(float, 0, 1, "a number from 0 to 1")
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -162,6 +222,16 @@ def _json_object(text: str) -> dict[str, Any]:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model and how it is loaded."""
     group = parser.add_argument_group("model")
+    add_model_name(group)
+    group.add_argument("--adapter-path", metavar="DIR", help="LoRA adapters, as mlx-lm makes them")
+    add_trust(group)
+    group.add_argument(
+        "--force", action="store_true", help="try even a model that does not fit into memory"
+    )
+
+
+def add_model_name(group: argparse._ActionsContainer) -> None:
+    """--model."""
     group.add_argument(
         "--model",
         default="demo",
@@ -169,7 +239,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="a folder, a Hugging Face repository, or a checkpoint that ships with mlx_loop "
         "(default: %(default)s)",
     )
-    group.add_argument("--adapter-path", metavar="DIR", help="LoRA adapters, as mlx-lm makes them")
+
+
+def add_trust(group: argparse._ActionsContainer) -> None:
+    """--trust-remote-code."""
     group.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -177,11 +250,56 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_loop_options(parser: argparse.ArgumentParser) -> None:
-    """One option per field of `LoopConfig`."""
-    group = parser.add_argument_group(
-        "loop", "What is left out is as saved with the model, else the preset of its size."
+def add_quantization_options(parser: argparse.ArgumentParser) -> None:
+    """Widths, named as mlx-lm names them, and the recipe."""
+    group = parser.add_argument_group("quantisation")
+    group.add_argument(
+        "--q-bits", type=int, metavar="N", help="2, 3, 4, 5, 6 or 8 bits (default: 4)"
     )
+    group.add_argument(
+        "--q-group-size",
+        type=int,
+        metavar="N",
+        help="weights that share a scale: 32, 64 or 128 (default: 64)",
+    )
+    group.add_argument(
+        "--q-mode",
+        choices=("affine", "mxfp4", "nvfp4", "mxfp8"),
+        default="affine",
+        help="number format; all but affine have one width and group size (default: %(default)s)",
+    )
+    group.add_argument(
+        "--q-recipe",
+        choices=("uniform", "window8", "budget"),
+        help="uniform: the same bits everywhere; window8: the looped layers in 8 bits; budget: "
+        "bits where the looped model's output needs them most",
+    )
+    group.add_argument(
+        "--bits-per-weight",
+        type=number(float, 0, 16, "a number of bits"),
+        metavar="B",
+        help="what the recipe budget may spend, scales included",
+    )
+    group.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="text on which the recipe budget measures (default: one that ships with mlx_loop)",
+    )
+
+
+def add_loop_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """One option per field of `LoopConfig`.
+
+    Args:
+        several: whether each takes several values, which are all combined.
+    """
+    about = "What is left out is as saved with the model, else the preset of its size."
+    if several:
+        about += (
+            "\nSeveral values, with commas between (semicolons for alpha, weights and"
+            "\nguard), are all combined."
+        )
+    group = parser.add_argument_group("loop", about)
     group.add_argument(
         "--recipe",
         choices=list(RECIPES),
@@ -204,7 +322,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     )
     group.add_argument(
         "--temp",
-        type=_temperature,
+        type=temperature,
         default=0.0,
         metavar="T",
         help="sampling temperature; 0, the default, is greedy",
@@ -214,24 +332,29 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
         ("min-p", "drop tokens less likely than this times the likeliest"),
         ("xtc-probability", "how often to apply XTC sampling"),
     ):
-        group.add_argument(f"--{name}", type=_fraction, default=0.0, metavar="P", help=help_text)
+        group.add_argument(f"--{name}", type=fraction, default=0.0, metavar="P", help=help_text)
     group.add_argument(
         "--xtc-threshold",
-        type=_fraction,
+        type=fraction,
         default=0.1,
         metavar="P",
         help="XTC: probability above which tokens are left out",
     )
     group.add_argument(
         "--top-k",
-        type=_from_zero,
+        type=from_zero,
         default=0,
         metavar="K",
         help="sample from the K likeliest tokens",
     )
-    group.add_argument("--seed", type=_from_zero, help="of the random numbers")
-    group.add_argument("--system-prompt", metavar="TEXT", help="the system message")
-    group.add_argument(
+    group.add_argument("--seed", type=from_zero, help="of the random numbers")
+    add_template_options(group)
+
+
+def add_template_options(parser: argparse._ActionsContainer) -> None:
+    """What the chat template is given besides the prompt."""
+    parser.add_argument("--system-prompt", metavar="TEXT", help="the system message")
+    parser.add_argument(
         "--chat-template-config",
         type=_json_object,
         default={},
@@ -261,59 +384,156 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--quantized-kv-start",
-        type=_from_zero,
+        type=from_zero,
         default=5000,
         metavar="N",
         help="quantise from this many tokens on (default: %(default)s)",
     )
-    group.add_argument(
+    add_prefill_option(group)
+
+
+def add_prefill_option(parser: argparse._ActionsContainer) -> None:
+    """How the prompt is fed."""
+    parser.add_argument(
         "--prefill-step-size",
         type=positive,
-        default=2048,
         metavar="N",
-        help="prompt tokens processed at a time (default: %(default)s)",
+        help="prompt tokens processed at a time (default: 2048, or 512 with --kv-bits, whose "
+        "attention needs more memory for each)",
+    )
+
+
+def add_draft_options(parser: argparse.ArgumentParser) -> None:
+    """Speculative decoding: who drafts, and how much."""
+    group = parser.add_argument_group(
+        "speculative decoding",
+        "Tokens are drafted cheaply and checked several at a time: the same answer, sooner.",
+    )
+    group.add_argument(
+        "--draft",
+        metavar="{self,lookup,MODEL}",
+        help="what drafts: self, the model without its loops; lookup, the text so far; or a small "
+        "model with the same tokens",
+    )
+    group.add_argument(
+        "--num-draft-tokens",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="the most tokens to draft at a time; how many is decided by how many were right "
+        "before (default: %(default)s)",
     )
 
 
 def load_from(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
     """The model and tokenizer that the options ask for, with the loop settings they ask for."""
-    from .loading import load, saved_loop
+    LoopConfig(**_given(args))
+    model, tokenizer = _load(args)
+    apply_loop(args, model)
+    return model, tokenizer
 
-    given = {
+
+def apply_loop(args: argparse.Namespace, model: Looped) -> None:
+    """Give a model the loop settings that the options ask for, on top of those saved with it."""
+    given = _given(args)
+    if given or args.recipe is not None:
+        model.loop = replace(_start(args, model), **given)
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    return {
         name: parse_setting(name, getattr(args, name))
         for name in SETTINGS
         if getattr(args, name) is not None
     }
-    LoopConfig(**given)
-    model, tokenizer = load(
-        args.model, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
+
+
+def axes_from(args: argparse.Namespace) -> dict[str, list[Any]]:
+    """The values of each loop option that is given, where options take several."""
+    return {
+        name: parse_settings(name, getattr(args, name))
+        for name in SETTINGS
+        if getattr(args, name) is not None
+    }
+
+
+def load_with_start(
+    args: argparse.Namespace,
+) -> tuple[Looped, TokenizerWrapper, LoopConfig]:
+    """The model and tokenizer, and the settings from which options start."""
+    model, tokenizer = _load(args)
+    return model, tokenizer, _start(args, model)
+
+
+def _load(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
+    from .loading import load
+
+    return load(
+        args.model,
+        dtype=getattr(args, "dtype", None),
+        adapter_path=args.adapter_path,
+        trust_remote_code=args.trust_remote_code,
+        force=args.force,
     )
+
+
+def _start(args: argparse.Namespace, model: Looped) -> LoopConfig:
+    from .loading import saved_loop
+
     start = saved_loop(model) if args.recipe is None else RECIPES[args.recipe]
-    if given or args.recipe is not None:
-        model.loop = replace(start or LoopConfig(), **given)
-    return model, tokenizer
+    return start or LoopConfig()
 
 
 def generation_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
     """Arguments of `stream_generate` that the options ask for."""
     import mlx.core as mx
-    from mlx_lm.sample_utils import make_sampler
 
     if args.seed is not None:
         mx.random.seed(args.seed)
     return {
         "max_tokens": args.max_tokens,
-        "sampler": make_sampler(
-            args.temp,
-            args.top_p,
-            args.min_p,
-            top_k=args.top_k,
-            xtc_probability=args.xtc_probability,
-            xtc_threshold=args.xtc_threshold,
-            xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-        ),
+        "sampler": sampler_from(args, tokenizer),
         "kv_bits": args.kv_bits,
         "kv_group_size": args.kv_group_size,
         "quantized_kv_start": args.quantized_kv_start,
-        "prefill_step_size": args.prefill_step_size,
+        "prefill_step_size": prefill_step_from(args),
     }
+
+
+def sampler_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Sampler:
+    """The sampler that the options ask for."""
+    from .sampling import Sampler
+
+    return Sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+    )
+
+
+def draft_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
+    """Arguments of `stream_generate` that the options of speculative decoding ask for."""
+    from .loading import load
+    from .speculative import ModelDraft
+
+    draft: Any = args.draft
+    if draft not in (None, "self", "lookup"):
+        model, its_tokenizer = load(draft, loop=None)
+        if its_tokenizer.vocab_size != tokenizer.vocab_size:
+            raise UserError(
+                f"--draft {draft} has {its_tokenizer.vocab_size} tokens and the model has "
+                f"{tokenizer.vocab_size}: use a model with the same tokenizer, self or lookup"
+            )
+        draft = ModelDraft(model)
+    return {"draft": draft, "num_draft_tokens": args.num_draft_tokens}
+
+
+def prefill_step_from(args: argparse.Namespace) -> int:
+    """Prompt tokens to process at a time."""
+    from .memory import prefill_step
+
+    return args.prefill_step_size or prefill_step(args.kv_bits)

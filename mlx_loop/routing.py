@@ -8,7 +8,7 @@ no top-k and no sort of indices.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,22 @@ def with_frozen_routing(layer: nn.Module, family: MoEBlock) -> nn.Module:
     return stand_in
 
 
+def join_routing(stand_ins: Sequence[nn.Module], family: MoEBlock) -> nn.Module:
+    """One stand-in for the tokens of several stand-ins of a layer, in their order.
+
+    Each has done its natural pass, over some tokens of one sequence. A layer without experts, or
+    without frozen routing, is returned as it is.
+    """
+    first = stand_ins[0]
+    if not isinstance(first[family.attribute], _FrozenBlock):
+        return first
+    stand_in = copy.copy(first)
+    stand_in[family.attribute] = first[family.attribute].joined(
+        [other[family.attribute] for other in stand_ins]
+    )
+    return stand_in
+
+
 def has_experts(layer: nn.Module, family: MoEBlock) -> bool:
     """Whether this layer is a mixture of experts; a model may mix them with dense ones."""
     return family.experts in layer[family.attribute]
@@ -57,7 +73,7 @@ class _FrozenBlock:
         self._block, self._family = block, family
         self._gate = _Tap(block[family.gate])
         self._experts = _Experts(block[family.experts])
-        self._weights: mx.array | None = None
+        self._weights: Any = None
 
     def __call__(self, x: mx.array) -> mx.array:
         block, family = self._block, self._family
@@ -73,6 +89,13 @@ class _FrozenBlock:
             y = y + family.shared(block, x)
         group = getattr(block, "sharding_group", None)
         return y if group is None else mx.distributed.all_sum(y, group=group)
+
+    def joined(self, blocks: Sequence[_FrozenBlock]) -> _FrozenBlock:
+        """Itself, with what the natural passes of all `blocks` chose for their tokens."""
+        joined = _FrozenBlock(self._block, self._family)
+        joined._weights = mx.concatenate([b._weights for b in blocks], axis=-2)
+        joined._experts.choose(mx.concatenate([b._experts.indices for b in blocks], axis=-2))
+        return joined
 
 
 class _Tap:
@@ -96,12 +119,16 @@ class _Experts:
         self._sorted: tuple[mx.array, mx.array, mx.array] | None = None
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        self.choose(indices)
+        return self.again(x)
+
+    def choose(self, indices: mx.array) -> None:
+        """Take these experts, (..., experts per token), from now on."""
         self.indices = indices
         if indices.size >= SORT_FROM:
             flat = indices.flatten()
             order = mx.argsort(flat)
             self._sorted = (order // indices.shape[-1], flat[order], mx.argsort(order))
-        return self.again(x)
 
     def again(self, x: mx.array) -> mx.array:
         """Outputs (..., experts per token, hidden) for other states of the same tokens."""

@@ -89,8 +89,13 @@ def extra_cost(model: Looped) -> str:
     return f"+{extra:.0%} layer passes{where}"
 
 
-def numbers(response: GenerationResponse, model: Looped) -> str:
-    """The line under an answer."""
+def numbers(response: GenerationResponse, model: Looped, drafted: int = 0) -> str:
+    """The line under an answer.
+
+    Args:
+        response: the last one.
+        drafted: tokens of the answer that came from drafts.
+    """
     parts = [
         f"{response.generation_tokens} tokens",
         f"{response.generation_tps:.1f} tokens/s",
@@ -99,6 +104,10 @@ def numbers(response: GenerationResponse, model: Looped) -> str:
     ]
     if not model.is_unlooped:
         parts.append(extra_cost(model))
+    if model.loop is not None and model.loop.guard is not None:
+        parts.append("guard fired {} of {} times".format(*model.take_firings()))
+    if drafted:
+        parts.append(f"{drafted / response.generation_tokens:.0%} of tokens drafted")
     return " · ".join([*parts, f"peak {response.peak_memory:.2f} GB"])
 
 

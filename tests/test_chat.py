@@ -63,6 +63,13 @@ def test_numbers_under_each_answer():
         assert words in " ".join(out.split())
 
 
+def test_drafting_gives_the_same_answer():
+    lines = piped("hello\n/reset\n/draft self\nhello\n").splitlines()
+    assert lines[0] == lines[-2]
+    assert "drafted" in lines[-1]
+    assert "drafted" not in lines[1]
+
+
 def test_commands_work_in_a_pipe_too(tmp_path):
     file = tmp_path / "talk.json"
     piped(f"hello\n/loop 6\n/set beta 0.25\n/save {file}\n")
@@ -81,6 +88,7 @@ def test_an_error_in_a_pipe_stops_with_status_2(tmp_path):
         "/loop 0",
         "/window 30:40",
         "/set beta 2",
+        "/draft nonsense",
         "/set",
         f"/load {tmp_path}/no",
     ):

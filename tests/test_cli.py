@@ -85,7 +85,9 @@ def test_json_holds_the_answer_its_cost_and_the_whole_configuration():
         ["--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "0"],
         ["--max-kv-size", "64"],
         ["--temp", "0.7", "--top-p", "0.9", "--seed", "1"],
-        ["--draft-model", "demo", "--cache", "own"],
+        ["--draft", "self"],
+        ["--draft", "lookup", "--temp", "0.7"],
+        ["--draft", "demo", "--cache", "own"],
     ],
 )
 def test_options(options, capsys):
@@ -132,6 +134,8 @@ def test_a_seed_makes_sampling_repeatable(capsys):
         (["--chat-template-config", "{"], "JSON"),
         (["--prompt-cache-file", "./none.safetensors"], "cache_prompt"),
         (["--adapter-path", "./none"], "none"),
+        (["--draft", "self", "--cache", "last"], "cache='last'"),
+        (["--draft", "./nowhere"], "no folder"),
         (["--unknown"], "--unknown"),
     ],
 )

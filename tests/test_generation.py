@@ -102,16 +102,23 @@ def test_an_empty_prompt_is_refused(demo):
         mlx_loop.generate(model, tokenizer, [])
 
 
-def test_a_draft_model_changes_no_token_under_own(demo):
+def test_a_group_that_does_not_divide_the_heads_is_refused_with_one_that_does(demo):
     model, tokenizer = demo
-    prompt = prompt_for(tokenizer, "Tell me a story.")
-    looped = model.with_loop(LoopConfig(cache="own"))
-    expected = mlx_loop.generate(looped, tokenizer, prompt, max_tokens=30)
-    draft = model.with_loop(None)
-    found = list(
-        mlx_loop.stream_generate(
-            looped, tokenizer, prompt, max_tokens=30, draft_model=draft, num_draft_tokens=3
+    with pytest.raises(UserError, match="numbers: use 32"):
+        mlx_loop.generate(model, tokenizer, "hello", kv_bits=8)
+
+
+def test_prompts_are_fed_in_smaller_steps_when_the_cache_is_quantised():
+    model, tokenizer = mlx_loop.load("demo", loop=None, dtype="float32")
+    seen = []
+    for settings in ({}, {"kv_bits": 8, "kv_group_size": 32}):
+        seen.append([])
+        mlx_loop.generate(
+            model,
+            tokenizer,
+            [5] * 1200,
+            max_tokens=1,
+            prompt_progress_callback=lambda done, total: seen[-1].append(done),
+            **settings,
         )
-    )
-    assert "".join(r.text for r in found) == expected
-    assert any(r.from_draft for r in found)
+    assert seen == [[0, 1199, 1200], [0, 512, 1024, 1199, 1200]]

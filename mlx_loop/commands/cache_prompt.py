@@ -10,7 +10,7 @@ from mlx_lm.generate import generate_step
 from ..conversation import Interrupted
 from ..errors import INTERRUPTED
 from ..generation import check_prompt, encode, make_prompt_cache
-from ..options import load_from
+from ..options import load_from, prefill_step_from
 from ..prompt_cache import save_prompt_cache
 from ..terminal import err, interruptible, prompt_progress
 from .generate import read_prompt
@@ -29,14 +29,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         tokens = encode(tokenizer, prompt)
     cache = make_prompt_cache(model, args.max_kv_size)
-    check_prompt(model, tokens, cache, args.max_kv_size, args.kv_bits)
-    with interruptible() as stop, prompt_progress(args.prefill_step_size, stop) as progress:
+    check_prompt(model, tokens, cache, args.max_kv_size, args.kv_bits, args.kv_group_size)
+    step = prefill_step_from(args)
+    with interruptible() as stop, prompt_progress(step, stop) as progress:
         steps = generate_step(
             mx.array(tokens),
             model.for_prompt(cache, len(tokens)),
             max_tokens=0,
             prompt_cache=cache,
-            prefill_step_size=args.prefill_step_size,
+            prefill_step_size=step,
             kv_bits=args.kv_bits,
             kv_group_size=args.kv_group_size,
             quantized_kv_start=args.quantized_kv_start,

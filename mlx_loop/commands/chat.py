@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_lm.generate import GenerationResponse
-from prompt_toolkit import PromptSession
-from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
-from prompt_toolkit.completion import WordCompleter
-from prompt_toolkit.formatted_text import HTML
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
@@ -25,7 +18,8 @@ from ..config import LoopConfig
 from ..conversation import Conversation, Interrupted
 from ..errors import UserError
 from ..files import whole_file
-from ..options import generation_from, load_from, parse_setting
+from ..options import draft_from, generation_from, load_from, parse_setting
+from ..prompt_line import needed, piped_lines, typed_lines
 from ..terminal import (
     describe,
     err,
@@ -37,12 +31,11 @@ from ..terminal import (
     prompt_progress,
 )
 
-HISTORY = Path.home() / ".cache" / "mlx_loop" / "chat_history"
-
 
 def run(args: argparse.Namespace) -> int:
     with err.status(f"loading {args.model}"):
         model, tokenizer = load_from(args)
+        draft = draft_from(args, tokenizer)
     conversation = Conversation(
         model,
         tokenizer,
@@ -50,11 +43,11 @@ def run(args: argparse.Namespace) -> int:
         max_kv_size=args.max_kv_size,
         template=args.chat_template_config,
     )
-    chat = Chat(conversation, args.model, generation_from(args, tokenizer))
+    chat = Chat(conversation, args.model, generation_from(args, tokenizer) | draft)
     interactive = is_interactive()
     if interactive:
         chat.greet()
-    for line in _typed_lines(chat) if interactive else _piped_lines():
+    for line in typed_lines("chat", COMMANDS) if interactive else piped_lines():
         try:
             if line.startswith("/"):
                 if not chat.command(line):
@@ -88,11 +81,13 @@ class Chat:
     def answer(self, text: str) -> None:
         """Stream the answer to `text`, then one line of numbers."""
         response: GenerationResponse | None = None
+        drafted = 0
         step = self.generation["prefill_step_size"]
         with interruptible() as stop, prompt_progress(step, stop) as progress:
             stream = self.conversation.reply(text, progress, **self.generation)
             try:
                 for response in stream:
+                    drafted += response.from_draft
                     out.out(response.text, end="", style="cyan", highlight=False)
                     out.file.flush()
                     if stop.is_set():
@@ -103,7 +98,7 @@ class Chat:
         if stop.is_set():
             out.print("stopped", style="yellow")
         if response is not None:
-            line = numbers(response, self.conversation.model)
+            line = numbers(response, self.conversation.model, drafted)
             out.print(line, style="dim", soft_wrap=not out.is_terminal)
 
     # --- Commands ---
@@ -138,13 +133,19 @@ class Chat:
         self._show_loop()
 
     def window(self, argument: str) -> None:
-        self._change("window", _needed(argument, "/window 15:19"))
+        self._change("window", needed(argument, "/window 15:19"))
         self._show_loop()
 
     def set(self, argument: str) -> None:
-        name, _, value = _needed(argument, "/set beta 0.3").partition(" ")
-        self._change(name, _needed(value.strip(), f"/set {name} VALUE"))
+        name, _, value = needed(argument, "/set beta 0.3").partition(" ")
+        self._change(name, needed(value.strip(), f"/set {name} VALUE"))
         self._show_loop()
+
+    def draft(self, argument: str) -> None:
+        if argument not in ("self", "lookup", "off"):
+            raise UserError("write /draft self, /draft lookup or /draft off")
+        self.generation["draft"] = None if argument == "off" else argument
+        out.print(f"draft {argument}", style="dim")
 
     def info(self, _: str) -> None:
         model = self.conversation.model
@@ -168,7 +169,7 @@ class Chat:
         out.print("system message set" if argument else "no system message", style="dim")
 
     def save(self, argument: str) -> None:
-        path = Path(_needed(argument, "/save talk.json")).expanduser()
+        path = Path(needed(argument, "/save talk.json")).expanduser()
         loop = self.conversation.loop
         messages = self.conversation.messages
         data = {
@@ -182,7 +183,7 @@ class Chat:
         out.print(f"{len(messages)} messages saved to {path}", style="dim", markup=False)
 
     def load(self, argument: str) -> None:
-        path = Path(_needed(argument, "/load talk.json")).expanduser()
+        path = Path(needed(argument, "/load talk.json")).expanduser()
         try:
             data = json.loads(path.read_text())
             messages = [{"role": m["role"], "content": m["content"]} for m in data["messages"]]
@@ -219,6 +220,7 @@ COMMANDS = {
     "set": _Command(
         Chat.set, "FIELD VALUE", "any loop setting: integrator, beta, cache, decode, ..."
     ),
+    "draft": _Command(Chat.draft, "self | lookup | off", "the same answers sooner: what drafts"),
     "info": _Command(Chat.info, "", "model, settings, what the cache holds"),
     "system": _Command(Chat.system, "TEXT", "the system message; empty: none"),
     "reset": _Command(Chat.reset, "", "forget the conversation"),
@@ -226,65 +228,3 @@ COMMANDS = {
     "load": _Command(Chat.load, "FILE", "go on with a saved conversation"),
     "help": _Command(Chat.help, "", "this list"),
 }
-
-
-def _needed(argument: str, example: str) -> str:
-    if not argument:
-        raise UserError(f"something is missing: {example}")
-    return argument
-
-
-def _piped_lines() -> Iterator[str]:
-    for line in sys.stdin:
-        if line.strip():
-            yield line.strip()
-
-
-def _typed_lines(chat: Chat) -> Iterator[str]:
-    """What a person types, message by message, until Ctrl-D."""
-    session: PromptSession[str] = PromptSession(
-        history=_history(),
-        auto_suggest=AutoSuggestFromHistory(),
-        completer=WordCompleter([f"/{name}" for name in (*COMMANDS, "quit")], sentence=True),
-        complete_while_typing=False,
-        key_bindings=_keys(),
-        multiline=True,
-        prompt_continuation="  ",
-    )
-    while True:
-        try:
-            text = session.prompt(HTML("<ansigreen><b>&gt; </b></ansigreen>")).strip()
-        except KeyboardInterrupt:
-            continue
-        except EOFError:
-            return
-        if text:
-            yield text
-
-
-def _keys() -> KeyBindings:
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def _(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if buffer.document.current_line.endswith("\\"):
-            buffer.delete_before_cursor()
-            buffer.newline()
-        else:
-            buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.newline()
-
-    return keys
-
-
-def _history() -> History:
-    try:
-        HISTORY.parent.mkdir(parents=True, exist_ok=True)
-        HISTORY.touch()
-    except OSError:
-        return InMemoryHistory()
-    return FileHistory(str(HISTORY))

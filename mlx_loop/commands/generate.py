@@ -13,9 +13,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..conversation import Interrupted
 from ..errors import INTERRUPTED, UserError
 from ..generation import encode, stream_generate
-from ..loading import load
 from ..loop import Looped, layer_passes
-from ..options import generation_from, load_from
+from ..options import draft_from, generation_from, load_from, prefill_step_from
 from ..prompt_cache import load_prompt_cache
 from ..terminal import err, interruptible, numbers, out, prompt_progress
 
@@ -27,19 +26,20 @@ def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args.prompt)
     with err.status(f"loading {args.model}"):
         model, tokenizer = load_from(args)
-        draft = None if args.draft_model is None else load(args.draft_model, loop=None)[0]
-    settings = generation_from(args, tokenizer)
+        draft = draft_from(args, tokenizer)
+    settings = generation_from(args, tokenizer) | draft
     cache = None
     if args.prompt_cache_file is not None:
-        if draft is not None:
-            raise UserError("--draft-model does not work with --prompt-cache-file: leave one out")
+        if args.draft not in (None, "self", "lookup"):
+            raise UserError(
+                "a draft model has to read the whole prompt, which --prompt-cache-file does not "
+                "hold as text: use --draft self, or leave one of them out"
+            )
         cache, _ = load_prompt_cache(args.prompt_cache_file, model)
-    tokens = _render(args, tokenizer, prompt, continues=cache is not None)
+    tokens = render_prompt(args, tokenizer, prompt, continues=cache is not None)
 
-    text, response = "", None
-    with interruptible() as stop, prompt_progress(args.prefill_step_size, stop) as progress:
-        if draft is not None:
-            settings |= {"draft_model": draft, "num_draft_tokens": args.num_draft_tokens}
+    text, response, drafted = "", None, 0
+    with interruptible() as stop, prompt_progress(prefill_step_from(args), stop) as progress:
         answer = stream_generate(
             model,
             tokenizer,
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             for response in answer:
                 text += response.text
+                drafted += response.from_draft
                 if not args.json:
                     out.out(response.text, end="", highlight=False)
                     out.file.flush()
@@ -60,11 +61,12 @@ def run(args: argparse.Namespace) -> int:
         except Interrupted:
             pass
     if args.json:
-        print(json.dumps(_report(args, model, text, response, stop.is_set()), ensure_ascii=False))
+        report = _report(args, model, text, response, drafted, stop.is_set())
+        print(json.dumps(report, ensure_ascii=False))
     else:
         out.print()
         if response is not None:
-            err.print(numbers(response, model), style="dim")
+            err.print(numbers(response, model, drafted), style="dim")
     return INTERRUPTED if stop.is_set() else 0
 
 
@@ -79,9 +81,14 @@ def read_prompt(prompt: str | None) -> str:
     return text
 
 
-def _render(
-    args: argparse.Namespace, tokenizer: TokenizerWrapper, prompt: str, continues: bool
+def render_prompt(
+    args: argparse.Namespace, tokenizer: TokenizerWrapper, prompt: str, continues: bool = False
 ) -> list[int]:
+    """Token ids of `prompt` in the chat template, if there is one and it is not to be ignored.
+
+    Args:
+        continues: whether a cache holds what comes before the prompt.
+    """
     if args.ignore_chat_template or not tokenizer.has_chat_template:
         return (
             tokenizer.encode(prompt, add_special_tokens=False)
@@ -105,6 +112,7 @@ def _report(
     model: Looped,
     text: str,
     response: GenerationResponse | None,
+    drafted: int,
     interrupted: bool,
 ) -> dict[str, Any]:
     report: dict[str, Any] = {
@@ -115,12 +123,16 @@ def _report(
         "text": text,
         "finish_reason": "interrupted" if interrupted else None,
     }
+    if model.loop is not None and model.loop.guard is not None:
+        fired, loops = model.take_firings()
+        report["guard"] = {"fired": fired, "loops": loops}
     if response is not None:
         report |= {
             "finish_reason": report["finish_reason"] or response.finish_reason,
             "prompt_tokens": response.prompt_tokens,
             "prompt_tps": response.prompt_tps,
             "generation_tokens": response.generation_tokens,
+            "draft_tokens": drafted,
             "generation_tps": response.generation_tps,
             "peak_memory_gb": response.peak_memory,
         }

@@ -1,0 +1,284 @@
+"""Several loop settings at once on one set of weights: what they share is computed once.
+
+Settings are views of one model (`with_loop`). Below its window a looped model is the plain one, so
+a pass for all views walks the plain layers once and each view leaves at its own window. Decoding
+takes turns, one token each, with the next token of every view in flight meanwhile.
+
+Nothing here knows of screens: `compare` is a generator of the answers so far.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
+from mlx_lm.models.cache import RotatingKVCache, trim_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .cache import histories, position
+from .config import LoopConfig
+from .generation import check_prompt, stream_generate
+from .loop import Looped, forward, part, share
+
+# Tokens of which the logits of two settings are compared at a time: it bounds the memory.
+CHUNK = 64
+# Fewer timed tokens than these make no average.
+ENOUGH_TIMES = 16
+
+
+@dataclass
+class Measures:
+    """A setting against the un-looped model, along the un-looped model's answer.
+
+    Args:
+        first_kl: KL(un-looped || setting) of the first token, in nats.
+        mean_kl: its mean over all tokens of the answer, each given the answer before it.
+        agreement: share of those tokens where both rank the same token first.
+    """
+
+    first_kl: float
+    mean_kl: float
+    agreement: float
+
+
+@dataclass
+class Answer:
+    """What one setting has said so far.
+
+    Args:
+        view: the model with this setting.
+        tokens: generated; the last one may end the answer and stand for no text.
+        starts: for each token, how long the text was before it.
+        departs: number of the first token that is not the un-looped answer's; None: none yet.
+        firings: as `Looped.take_firings`.
+    """
+
+    view: Looped
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    departs: int | None = None
+    measures: Measures | None = None
+    firings: tuple[int, int] = (0, 0)
+    _seconds: float = 0.0
+    _timed: int = 0
+    _same: int = 0
+
+    @property
+    def loop(self) -> LoopConfig | None:
+        """Complete settings; None: the un-looped model."""
+        return self.view.loop
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of this setting by itself, the first token left out; None before there is a second."""
+        return self._timed / self._seconds if self._seconds else None
+
+    def extra_time(self, base: Answer) -> float | None:
+        """Time of a token over `base`'s, less 1; None where too few tokens were timed."""
+        speed, plain = self.tokens_per_second, base.tokens_per_second
+        if not speed or not plain or min(self._timed, base._timed) < ENOUGH_TIMES:
+            return None
+        return plain / speed - 1
+
+    def say(self, response: GenerationResponse) -> None:
+        """Take the next token in."""
+        self.starts.append(len(self.text))
+        self.tokens.append(response.token)
+        self.text += response.text
+        self.finish_reason = response.finish_reason
+
+    def compare_to(self, base: Answer) -> None:
+        """Find where this answer departs from `base`, as far as both have come."""
+        if self.departs is not None:
+            return
+        for mine, theirs in zip(self.tokens[self._same :], base.tokens[self._same :], strict=False):
+            if mine != theirs:
+                self.departs = self._same
+                return
+            self._same += 1
+        if len(self.tokens) > self._same and base.finish_reason is not None:
+            self.departs = self._same
+
+    def took(self, seconds: float) -> None:
+        """Count the time of the last token."""
+        self._seconds += seconds
+        self._timed += 1
+
+
+def distinct(model: Looped, settings: Sequence[LoopConfig | None]) -> list[Looped]:
+    """Views of `model`: the un-looped one first, then each setting that is not one before it.
+
+    Raises:
+        UserError: settings that do not fit the model.
+    """
+    views: dict[LoopConfig | None, Looped] = {None: model.with_loop(None)}
+    for loop in settings:
+        view = model.with_loop(loop)
+        if not view.is_unlooped:
+            views.setdefault(view.loop, view)
+    return list(views.values())
+
+
+def compare(
+    views: Sequence[Looped],
+    tokenizer: TokenizerWrapper,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int = 256,
+    sampler: Callable[[mx.array], mx.array] | None = None,
+    seed: int | None = None,
+    prefill_step_size: int = 2048,
+    progress: Callable[[int, int], None] | None = None,
+) -> Generator[list[Answer], None, None]:
+    """Answer `prompt` under all settings at once; yields the answers, updated, after each token.
+
+    With a greedy sampler each text is what `generate` gives for that setting alone. The last
+    thing yielded has the measures too. Closing the generator stops all answers.
+
+    Args:
+        views: as `distinct` makes them, the un-looped one first.
+        prompt: token ids.
+        sampler: (1, vocab) log-probabilities -> (1,) token; None: greedy.
+        seed: all settings draw the same random numbers at the same token; None: whatever comes.
+        progress: called with the prompt tokens done and to do.
+
+    Raises:
+        UserError: the prompt is empty.
+    """
+    caches = [view.new_cache() for view in views]
+    check_prompt(views[0], prompt, caches[0])
+    answers = [Answer(view) for view in views]
+    with wired_limit(views[0], [generation_stream]):  # type: ignore[list-item]
+        _prefill(views, caches, prompt, prefill_step_size, progress or (lambda done, total: None))
+        # A rotating cache cannot be cut back once it is full, but it is small.
+        kept = [copy.deepcopy(cache) if _rotates(cache) else None for cache in caches]
+        streams = [
+            stream_generate(
+                view,
+                tokenizer,
+                prompt[-1:],
+                max_tokens,
+                prompt_cache=cache,
+                sampler=sampler,
+            )
+            for view, cache in zip(views, caches, strict=True)
+        ]
+        try:
+            yield from _take_turns(streams, answers, seed)
+        finally:
+            for stream, view, answer in zip(streams, views, answers, strict=True):
+                stream.close()
+                answer.firings = view.take_firings()
+        before = len(prompt) - 1
+        caches = [_cut(cache, old, before) for cache, old in zip(caches, kept, strict=True)]
+        _measure(views, caches, [prompt[-1], *answers[0].tokens[:-1]], answers)
+        yield answers
+
+
+def _prefill(
+    views: Sequence[Looped],
+    caches: Sequence[list[Any]],
+    prompt: Sequence[int],
+    step: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    """All of the prompt but its last token, in mlx-lm's own chunks."""
+    share(views, caches)
+    progress(0, len(prompt))
+    for start in range(0, len(prompt) - 1, step):
+        chunk = prompt[start : min(start + step, len(prompt) - 1)]
+        with mx.stream(generation_stream):
+            forward(views, mx.array(list(chunk))[None], caches)
+            mx.eval([entry.state for cache in caches for entry in cache])
+            mx.clear_cache()
+        progress(start + len(chunk), len(prompt))
+    progress(len(prompt), len(prompt))
+    part(views, caches)
+
+
+def _take_turns(
+    streams: Sequence[Iterator[GenerationResponse]], answers: list[Answer], seed: int | None
+) -> Generator[list[Answer], None, None]:
+    """One token of each stream after the other, until all have ended.
+
+    The device works through a queue, so what passes between two tokens that come out of it is the
+    time of the second one; unless the caller, between them, took most of that time.
+    """
+    running = list(zip(streams, answers, strict=True))
+    turn = 0
+    before = asked = time.perf_counter()
+    while running:
+        for stream, answer in list(running):
+            if seed is not None:
+                # Two settings that agree so far draw the same next token.
+                mx.random.seed((seed * 2**32 + turn) % 2**64)
+            response = next(stream)
+            now = time.perf_counter()
+            answer.say(response)
+            if turn and asked - before < 0.5 * (now - before):
+                answer.took(now - before)
+            if response.finish_reason is not None:
+                running.remove((stream, answer))
+            for other in answers[1:]:
+                other.compare_to(answers[0])
+            before = now
+            yield answers
+            asked = time.perf_counter()
+        turn += 1
+
+
+def _measure(
+    views: Sequence[Looped],
+    caches: Sequence[list[Any]],
+    tokens: Sequence[int],
+    answers: Sequence[Answer],
+) -> None:
+    """Read the un-looped answer under every setting, in a few chunks."""
+    rows: list[list[tuple[mx.array, mx.array]]] = [[] for _ in views]
+    # Views of their own: what their guards do is not part of an answer.
+    views = [
+        view.with_loop(view.loop).for_prompt(cache, 1)
+        for view, cache in zip(views, caches, strict=True)
+    ]
+    for start in range(0, len(tokens), CHUNK):
+        chunk = mx.array(list(tokens[start : start + CHUNK]))[None]
+        base = views[0](chunk, cache=caches[0])
+        for row, view, cache in zip(rows, views, caches, strict=True):
+            logits = base if view.is_unlooped else view(chunk, cache=cache)
+            agrees = mx.argmax(logits, axis=-1) == mx.argmax(base, axis=-1)
+            row.append((kl(base, logits)[0], agrees[0]))
+            mx.eval(row)
+    for row, answer in zip(rows, answers, strict=True):
+        kls, agreements = (mx.concatenate(list(parts)) for parts in zip(*row, strict=True))
+        answer.measures = Measures(
+            float(kls[0]), float(mx.mean(kls)), float(mx.mean(agreements.astype(mx.float32)))
+        )
+
+
+def kl(p: mx.array, q: mx.array) -> mx.array:
+    """KL(p || q) in nats of two sets of logits, (..., vocab) each -> (...), float32."""
+    log_p, log_q = (_log_softmax(x.astype(mx.float32)) for x in (p, q))
+    return mx.maximum(mx.sum(mx.exp(log_p) * (log_p - log_q), axis=-1), 0)
+
+
+def _log_softmax(x: mx.array) -> mx.array:
+    return x - mx.logsumexp(x, axis=-1, keepdims=True)
+
+
+def _rotates(cache: Sequence[Any]) -> bool:
+    return any(isinstance(c, RotatingKVCache) for entry in cache for c in histories(entry))
+
+
+def _cut(cache: list[Any], kept: list[Any] | None, length: int) -> list[Any]:
+    """The cache as it was when it held `length` tokens."""
+    if kept is not None:
+        return kept
+    trim_prompt_cache(cache, position(cache[0]) - length)
+    return cache

@@ -1,0 +1,263 @@
+"""Sweeps: what is measured, what is kept, what is done again, and what may be concluded."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import mlx.core as mx
+import pytest
+from conftest import make, tokens
+
+import mlx_loop
+from mlx_loop import LoopConfig, UserError
+from mlx_loop.cli import main
+from mlx_loop.comparison import distinct, kl
+from mlx_loop.sweep import (
+    QUESTIONS,
+    Results,
+    Summary,
+    Task,
+    Text,
+    best,
+    complete,
+    conclusion,
+    is_right,
+    read_task,
+    read_text,
+    summarise,
+    sweep,
+)
+
+HEADER = {"model": "m"}
+LOOPS = [LoopConfig(loops=2, window=(2, 4)), LoopConfig(loops=3, window=(4, 6))]
+
+
+@pytest.fixture
+def text_work():
+    """Two looped views of a tiny model, and a text of three pieces."""
+    views = distinct(make("qwen3"), LOOPS)
+    pieces = tokens(3, 70).tolist()
+    return views, Text([{"item": i, "tokens": piece} for i, piece in enumerate(pieces)])
+
+
+class Only:
+    """`advance` that stops after some results."""
+
+    def __init__(self, count):
+        self.count, self.seen = count, 0
+
+    def __call__(self, added):
+        self.seen += added
+        return self.seen < self.count
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- Measuring ---
+
+
+def test_loss_and_kl_of_a_text_are_those_of_the_logits(text_work, tmp_path):
+    views, work = text_work
+    results = Results.open(tmp_path / "r.jsonl", HEADER)
+    assert sweep(views, None, work, results, Only(99))
+    for item in work.items:
+        text = mx.array([item["tokens"]])
+        logits = [view(text)[0, :-1] for view in views]
+        for view, x in zip(views, logits, strict=True):
+            row = results.of(view.loop, item)
+            log_p = x - mx.logsumexp(x, axis=-1, keepdims=True)
+            loss = -mx.take_along_axis(log_p, text[0, 1:, None], axis=-1).mean()
+            # float32 sums in another order.
+            assert row["loss"] == pytest.approx(float(loss), rel=1e-4)
+            assert row["kl"] == pytest.approx(float(kl(logits[0], x).mean()), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("decode", ["full", "bypass"])
+def test_answers_of_a_task_are_scored(tmp_path, decode):
+    model, tokenizer = mlx_loop.load("demo")
+    questions = [
+        {"item": 0, "messages": [{"role": "user", "content": "what is 12 + 30?"}], "answer": "42"},
+        {"item": 1, "messages": [{"role": "user", "content": "what is 12 + 30?"}], "answer": "4"},
+    ]
+    views = distinct(model, [LoopConfig(loops=2, decode=decode)])
+    results = Results.open(tmp_path / "r.jsonl", HEADER)
+    sweep(views, tokenizer, Task(questions, 8, {}), results, Only(99))
+    for view in views:
+        assert [results.of(view.loop, q)["right"] for q in questions] == [1, 0]
+
+
+def test_an_answer_is_right_if_it_is_the_expected_one():
+    assert is_right({"answer": "42"}, " 42\n")
+    assert not is_right({"answer": "42"}, "42 or so")
+    assert is_right({"answer": "I am", "skill": "fallback"}, "I am only a demo")
+
+
+def test_a_limit_spreads_over_the_file(tmp_path):
+    items = read_task(QUESTIONS, 12)
+    assert len({item["skill"] for item in items}) == 12
+    assert items == read_task(QUESTIONS, 12)
+    tokenizer = mlx_loop.load("demo")[1]
+    file = tmp_path / "text.txt"
+    file.write_text("once upon a time " * 500)
+    pieces = read_text(file, tokenizer, None)
+    assert all(1 < len(piece["tokens"]) <= 512 for piece in pieces)
+    assert sum(len(p["tokens"]) for p in pieces) == len(tokenizer.encode(file.read_text()))
+
+
+# --- Going on ---
+
+
+def test_a_second_run_does_only_what_is_missing(text_work, tmp_path):
+    views, work = text_work
+    path = tmp_path / "r.jsonl"
+    assert not sweep(views, None, work, Results.open(path, HEADER), Only(4))
+    # What came together with the fourth result is kept too.
+    assert len(lines(path)) == 1 + 6
+    rest = Only(99)
+    assert sweep(views, None, work, Results.open(path, HEADER), rest)
+    assert rest.seen == 9 - 6
+    whole = tmp_path / "whole.jsonl"
+    sweep(views, None, work, Results.open(whole, HEADER), Only(99))
+    assert Results.open(path, HEADER).rows == Results.open(whole, HEADER).rows
+    nothing = Only(99)
+    assert sweep(views, None, work, Results.open(path, HEADER), nothing)
+    assert nothing.seen == 0
+
+
+def test_a_line_that_was_cut_off_is_done_again(text_work, tmp_path):
+    views, work = text_work
+    path = tmp_path / "r.jsonl"
+    sweep(views, None, work, Results.open(path, HEADER), Only(99))
+    before = Results.open(path, HEADER).rows
+    path.write_text(path.read_text()[:-10])
+    results = Results.open(path, HEADER)
+    assert len(results.rows) == 8
+    sweep(views, None, work, results, Only(99))
+    assert Results.open(path, HEADER).rows == before
+
+
+def test_a_file_of_something_else_is_refused_and_kept(tmp_path):
+    path = tmp_path / "r.jsonl"
+    Results.open(path, HEADER)
+    with pytest.raises(UserError, match="another model"):
+        Results.open(path, {"model": "other"})
+    assert lines(path) == [HEADER]
+    for text in ("my notes", "my notes\n", "[1]\n2\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="no results"):
+            Results.open(path, HEADER)
+        assert path.read_text() == text
+
+
+# --- Concluding ---
+
+
+def results_of(views, scores, tmp_path):
+    """Made-up results: for each view its scores by item."""
+    work = Task([{"item": i} for i in range(len(scores[0]))], 1, {})
+    results = Results.open(tmp_path / "r.jsonl", HEADER)
+    for view, row in zip(views, scores, strict=True):
+        for i, score in enumerate(row):
+            results.add(view.loop, {"item": i, "right": score})
+    return summarise(views, work, results), work
+
+
+def test_a_clear_gain_is_told_from_chance(model, tmp_path):
+    views = distinct(model, LOOPS)
+    scores = [[0] * 20 + [1] * 20, [1] * 40, [1] + [0] * 19 + [1] * 20]
+    summaries, work = results_of(views, scores, tmp_path)
+    base, gain, chance = summaries
+    assert (base.mean, gain.change, chance.change) == (0.5, 0.5, 1 / 40)
+    # McNemar: 20 gained of 20, times two settings.
+    assert gain.p == pytest.approx(2 * 2 / 2**20)
+    assert gain.is_distinguishable
+    assert not chance.is_distinguishable
+    assert best(summaries, work.better) is gain
+    assert "1 of 2 settings is better" in conclusion(summaries, work.better, 40)
+
+
+def test_it_says_so_when_nothing_is_distinguishable(model, tmp_path):
+    views = distinct(model, LOOPS)
+    summaries, work = results_of(views, [[0, 1, 1, 0], [1, 1, 1, 0], [0, 1, 0, 0]], tmp_path)
+    assert best(summaries, work.better) is None
+    assert conclusion(summaries, work.better, 4).startswith("No setting is distinguishable")
+
+
+def test_only_items_that_all_settings_have_are_compared(text_work, tmp_path):
+    views, work = text_work
+    results = Results.open(tmp_path / "r.jsonl", HEADER)
+    assert complete(views, work, results) == []
+    sweep(views, None, work, results, Only(1))
+    assert complete(views, work, results) == work.items[:1]
+    loss = results.of(None, work.items[0])["loss"]
+    results.add(None, {"item": 1, "loss": 99.0, "kl": 0.0})
+    assert summarise(views, work, results)[0].mean == pytest.approx(loss)
+
+
+def test_the_best_loss_is_the_lowest():
+    lower = Summary(LOOPS[0], 0.1, 1.0, (1, 1), -0.5, p=0.01)
+    higher = Summary(LOOPS[1], 0.1, 2.0, (2, 2), 0.5, p=0.01)
+    assert best([lower, higher], Text.better) is lower
+    assert best([higher], Text.better) is None
+
+
+# --- The command ---
+
+
+def test_the_command_resumes_draws_and_prints_the_best(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["sweep", "--task", "demo", "--limit", "4", "--loops", "2", "--max-tokens", "6"]
+    assert main([*command, "--plot", "sweep.png"]) == 0
+    out = capsys.readouterr().out
+    assert "No setting is distinguishable" in " ".join(out.split())
+    assert "+33%" in out
+    assert len(lines(tmp_path / "sweep.jsonl")) == 1 + 2 * 4
+    for name in ("sweep.png", "sweep-dark.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert main([*command, "--best"]) == 0
+    assert capsys.readouterr().out == "LoopConfig(loops=1)\n"
+    assert len(lines(tmp_path / "sweep.jsonl")) == 1 + 2 * 4
+
+
+def test_a_text_by_the_command(tmp_path, capsys):
+    text = tmp_path / "t.txt"
+    text.write_text("Once upon a time there was a mouse. " * 6)
+    command = ["sweep", "--text", str(text), "--loops", "2", "--integrator", "naive"]
+    assert main([*command, "--out", str(tmp_path / "r.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "loss" in out
+    assert "does not promise" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--task", "nowhere.jsonl"], "cannot read"),
+        (["--task", "bad.jsonl"], "line 1"),
+        (["--task", "demo", "--loops", "1"], "--loops 2"),
+        (["--task", "demo", "--loops", "x"], "loops"),
+        (["--text", "empty.txt"], "nothing in it"),
+    ],
+)
+def test_bad_input_is_one_line(options, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"question": 1}\n')
+    (tmp_path / "empty.txt").write_text("")
+    assert main(["sweep", *options]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_pictures_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
+    from mlx_loop.plots import save
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="eval"):
+        save(tmp_path / "a.png", lambda pyplot: None)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"\.png"):
+        save(tmp_path / "a.txt", lambda pyplot: None)
