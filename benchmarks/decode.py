@@ -5,8 +5,8 @@
     python benchmarks/decode.py --model demo       a checkpoint
 
 Both models take the same tokens in turn in one process, so that a busy machine slows both alike;
-a ratio is the median over pairs. On Linux, put an OpenBLAS in LD_PRELOAD: without one, float32
-products are so slow that they hide everything else.
+a ratio is the median over pairs, with its 95 % interval. On Linux, put an OpenBLAS in LD_PRELOAD:
+without one, float32 products are so slow that they hide everything else. Needs the `eval` extra.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from scipy.stats import quantile_test
 
 import mlx_loop
 from mlx_loop import LoopConfig
@@ -80,7 +81,10 @@ LAYOUTS: dict[str, dict] = {
         "first_k_dense_replace": 1,
     },
 }
+# The same model twice: what it differs from 1 is the error of a ratio.
+CONTROL = "mlx-lm"
 SETTINGS = {
+    CONTROL: LoopConfig(loops=1),
     "K = 1": LoopConfig(loops=1),
     "K = 3, first": LoopConfig(loops=3),
     "K = 3, last": LoopConfig(loops=3, cache="last"),
@@ -90,10 +94,7 @@ SETTINGS = {
     "K = 8, first": LoopConfig(loops=8),
     "K = 2, rk4": LoopConfig(integrator="rk4", loops=2),
 }
-MOE_SETTINGS = {
-    "K = 8, live routing": LoopConfig(loops=8, routing="live"),
-    "K = 8, frozen routing": LoopConfig(loops=8, routing="frozen"),
-}
+LIVE, FROZEN = (LoopConfig(loops=8, routing=routing) for routing in ("live", "frozen"))
 
 
 def random_model(layout: dict) -> Looped:
@@ -129,13 +130,20 @@ def decoder(model: Callable, prompt: mx.array) -> Callable[[], float]:
     return step
 
 
-def median_ratio(model: Callable, base: Callable, prompt: mx.array, pairs: int) -> float:
-    """Median time of a token with `model` over that with `base`, measured in turn."""
+def median_ratio(
+    model: Callable, base: Callable, prompt: mx.array, pairs: int
+) -> tuple[float, float, float]:
+    """Time of a token with `model` over that with `base`: median and its 95 % interval."""
     steps = [decoder(m, prompt) for m in (model, base)]
     for step in steps * 3:
         step()
-    times = [[step() for step in steps] for _ in range(pairs)]
-    return statistics.median(t for t, _ in times) / statistics.median(t for _, t in times)
+    ratios = []
+    for i in range(pairs):
+        # Which one comes first alternates: the second one may find caches warm.
+        times = {step: step() for step in (steps if i % 2 else steps[::-1])}
+        ratios.append(times[steps[0]] / times[steps[1]])
+    low, high = quantile_test(ratios, p=0.5).confidence_interval()
+    return statistics.median(ratios), low, high
 
 
 def peak_memory(model: Looped, prompt: mx.array) -> tuple[int, int]:
@@ -169,18 +177,19 @@ def main() -> None:
 
     columns = ("settings", "layer passes", "ratio of passes", "ratio of time", "factor", "peak")
     table = Table(*columns, title=f"decode against mlx-lm, {model.model_type}, {layers} layers")
-    chosen = SETTINGS | (MOE_SETTINGS if model.moe is not None else {})
-    for name, settings in track(chosen.items(), description="measuring", transient=True):
+    for name, settings in track(SETTINGS.items(), description="measuring", transient=True):
         looped = model.with_loop(settings)
         passes = layer_passes(looped.loop, layers)
-        ratio = median_ratio(looped, plain, prompt, args.pairs)
-        peak, cache = peak_memory(looped, prompt)
+        measured = plain_model(model) if name == CONTROL else looped
+        ratio, low, high = median_ratio(measured, plain, prompt, args.pairs)
+        relative = passes / layers
+        peak, cache = peak_memory(measured, prompt)
         table.add_row(
             name,
             str(passes),
-            f"{passes / layers:.3f}",
+            f"{relative:.3f}",
             f"{ratio:.3f}",
-            f"{ratio / (passes / layers):.3f}",
+            f"{ratio / relative:.3f} [{low / relative:.3f}, {high / relative:.3f}]",
             f"{(peak - (cache - base_cache)) / base_peak - 1:+.2%}",
         )
     console = Console()
@@ -188,6 +197,10 @@ def main() -> None:
     console.print(
         "factor: time over passes. peak: against the un-looped model, without own's histories."
     )
+    if model.moe is not None:
+        views = model.with_loop(FROZEN), model.with_loop(LIVE)
+        ratio, low, high = median_ratio(*views, prompt, args.pairs)
+        console.print(f"K = 8, frozen over live routing: {ratio:.3f} [{low:.3f}, {high:.3f}]")
 
 
 if __name__ == "__main__":

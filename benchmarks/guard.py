@@ -76,7 +76,7 @@ def main() -> None:
             if guard is not None:
                 fired, loops = view.take_firings()
                 share = f"{fired / loops:.1%}"
-                time = f"{median_ratio(view, model.with_loop(loop), prompt, args.pairs):.3f}"
+                time = f"{median_ratio(view, model.with_loop(loop), prompt, args.pairs)[0]:.3f}"
             shown = f"{100 * right / len(questions):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
             table.add_row(name, str(guard or ""), shown, share, time)
     Console(width=120).print(table)

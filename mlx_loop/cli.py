@@ -94,6 +94,7 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     add_loop_options(parser, several=True)
     add_sampling_options(parser, max_tokens=256)
     add_prefill_option(parser)
+    add_draft_options(parser)
 
 
 def _trace(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
 from mlx_lm.models.cache import RotatingKVCache, trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -24,6 +25,7 @@ from .cache import histories, position
 from .config import LoopConfig
 from .generation import check_prompt, stream_generate
 from .loop import Looped, forward, part, share
+from .speculative import NUM_DRAFT_TOKENS, Drafter, check
 
 # Tokens of which the logits of two settings are compared at a time: it bounds the memory.
 CHUNK = 64
@@ -55,6 +57,7 @@ class Answer:
         tokens: generated; the last one may end the answer and stand for no text.
         starts: for each token, how long the text was before it.
         departs: number of the first token that is not the un-looped answer's; None: none yet.
+        drafted: tokens that came from drafts.
         firings: as `Looped.take_firings`.
     """
 
@@ -64,6 +67,7 @@ class Answer:
     starts: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     departs: int | None = None
+    drafted: int = 0
     measures: Measures | None = None
     firings: tuple[int, int] = (0, 0)
     _seconds: float = 0.0
@@ -77,7 +81,7 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of this setting by itself, the first token left out; None before there is a second."""
+        """Of this setting by itself; None before there are two tokens."""
         return self._timed / self._seconds if self._seconds else None
 
     def extra_time(self, base: Answer) -> float | None:
@@ -92,6 +96,7 @@ class Answer:
         self.starts.append(len(self.text))
         self.tokens.append(response.token)
         self.text += response.text
+        self.drafted += response.from_draft
         self.finish_reason = response.finish_reason
 
     def compare_to(self, base: Answer) -> None:
@@ -135,6 +140,8 @@ def compare(
     sampler: Callable[[mx.array], mx.array] | None = None,
     seed: int | None = None,
     prefill_step_size: int = 2048,
+    draft: str | nn.Module | Drafter | None = None,
+    num_draft_tokens: int = NUM_DRAFT_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generator[list[Answer], None, None]:
     """Answer `prompt` under all settings at once; yields the answers, updated, after each token.
@@ -146,14 +153,19 @@ def compare(
         views: as `distinct` makes them, the un-looped one first.
         prompt: token ids.
         sampler: (1, vocab) log-probabilities -> (1,) token; None: greedy.
-        seed: all settings draw the same random numbers at the same token; None: whatever comes.
+        seed: all settings draw the same random numbers at the same token, unless something drafts;
+            None: whatever comes.
+        draft, num_draft_tokens: as in `stream_generate`.
         progress: called with the prompt tokens done and to do.
 
     Raises:
-        UserError: the prompt is empty.
+        UserError: the prompt is empty, or drafts cannot be checked under a setting.
     """
     caches = [view.new_cache() for view in views]
     check_prompt(views[0], prompt, caches[0])
+    if draft is not None:
+        for view, cache in zip(views, caches, strict=True):
+            check(view, cache)
     answers = [Answer(view) for view in views]
     with wired_limit(views[0], [generation_stream]):  # type: ignore[list-item]
         _prefill(views, caches, prompt, prefill_step_size, progress or (lambda done, total: None))
@@ -167,11 +179,14 @@ def compare(
                 max_tokens,
                 prompt_cache=cache,
                 sampler=sampler,
+                draft=draft,
+                num_draft_tokens=num_draft_tokens,
+                context=prompt[:-1],
             )
             for view, cache in zip(views, caches, strict=True)
         ]
         try:
-            yield from _take_turns(streams, answers, seed)
+            yield from _take_turns(streams, answers, seed, draft is not None)
         finally:
             for stream, view, answer in zip(streams, views, answers, strict=True):
                 stream.close()
@@ -204,12 +219,16 @@ def _prefill(
 
 
 def _take_turns(
-    streams: Sequence[Iterator[GenerationResponse]], answers: list[Answer], seed: int | None
+    streams: Sequence[Iterator[GenerationResponse]],
+    answers: list[Answer],
+    seed: int | None,
+    drafts: bool,
 ) -> Generator[list[Answer], None, None]:
     """One token of each stream after the other, until all have ended.
 
     The device works through a queue, so what passes between two tokens that come out of it is the
-    time of the second one; unless the caller, between them, took most of that time.
+    time of the second one; unless the caller, between them, took most of that time. A round of
+    drafts brings several tokens at once, so there the queue is emptied after every token.
     """
     running = list(zip(streams, answers, strict=True))
     turn = 0
@@ -220,9 +239,13 @@ def _take_turns(
                 # Two settings that agree so far draw the same next token.
                 mx.random.seed((seed * 2**32 + turn) % 2**64)
             response = next(stream)
+            if drafts:
+                mx.synchronize(generation_stream)
             now = time.perf_counter()
             answer.say(response)
-            if turn and asked - before < 0.5 * (now - before):
+            if drafts:
+                answer.took(now - asked)
+            elif turn and asked - before < 0.5 * (now - before):
                 answer.took(now - before)
             if response.finish_reason is not None:
                 running.remove((stream, answer))

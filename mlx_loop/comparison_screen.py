@@ -54,6 +54,8 @@ def notes(answer: Answer, base: Answer) -> list[str]:
     """The numbers under an answer, in a few short lines; `base` is the un-looped one."""
     speed, extra_time = answer.tokens_per_second, answer.extra_time(base)
     lines = [] if speed is None else [f"{speed:.1f} tokens/s"]
+    if answer.drafted:
+        lines.append(f"{answer.drafted / len(answer.tokens):.0%} of tokens drafted")
     if answer.loop is not None:
         lines.append(extra_cost(answer.view))
         if extra_time is not None:

@@ -49,6 +49,20 @@ def test_a_setting_may_be_given_whole(capsys):
     assert loops[2]["guard"] == Guard().__dict__ | {"band": list(Guard().band)}
 
 
+def test_drafts_are_counted_and_can_be_switched(capsys, monkeypatch):
+    assert main(["compare", *QUESTION, "--loops", "6", "--draft", "self", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["draft"] == "self"
+    assert [bool(answer["draft_tokens"]) for answer in report["answers"]] == [False, True]
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO("hello\n/draft self\n/again\n/draft off\n/again\n")
+    )
+    assert main(["compare", "--loops", "6", "--max-tokens", "6", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[:1] == "{"]
+    assert [line["draft"] for line in lines] == [None, "self", None]
+    assert len({line["answers"][1]["text"] for line in lines}) == 1
+
+
 def test_a_pipe_gets_plain_text_and_commands_work_there(tmp_path):
     file, notes = tmp_path / "s.json", tmp_path / "s.md"
     lines = ["/max-tokens 4", "What is 12 + 30?", "/loops 2", "/again", f"/save {file}"]
@@ -73,6 +87,7 @@ def test_a_pipe_gets_plain_text_and_commands_work_there(tmp_path):
     "line",
     [
         "/nonsense",
+        "/draft nonsense",
         "/loops 0",
         "/loops 2,x",
         "/loops 2,3,4,5,6,7,8,9,10,11,12,13,14",

@@ -52,6 +52,27 @@ def test_each_text_is_what_generate_gives_for_that_setting_alone(name):
         assert answer.text == alone
 
 
+@pytest.mark.parametrize("draft", ["self", "lookup"])
+def test_drafts_change_no_answer(draft):
+    # float32, where single and batched products round alike enough that no two tokens tie.
+    model, tokenizer = mlx_loop.load("demo", dtype="float32")
+    views = distinct(model, [LoopConfig(loops=6), LoopConfig(loops=3, cache="own")])
+    prompt = prompt_for(tokenizer, "The code for apple is 48217. What is the code for apple?")
+    plainly = last(compare(views, tokenizer, prompt, max_tokens=16))
+    drafting = last(compare(views, tokenizer, prompt, max_tokens=16, draft=draft))
+    assert [a.tokens for a in drafting] == [a.tokens for a in plainly]
+    assert [a.measures for a in drafting] == [a.measures for a in plainly]
+    assert all(a.drafted for a in drafting[1:])
+    assert not any(a.drafted for a in plainly)
+
+
+def test_settings_under_which_drafts_cannot_be_checked_are_refused_before_any_answer(demo):
+    model, tokenizer = demo
+    views = distinct(model, [LoopConfig(), LoopConfig(cache="last")])
+    with pytest.raises(UserError, match="cache='last'"):
+        next(compare(views, tokenizer, prompt_for(tokenizer, "hello"), draft="self"))
+
+
 def test_answers_grow_by_one_token_in_turn(demo):
     model, tokenizer = demo
     views = distinct(model, [LoopConfig(loops=2), LoopConfig(loops=3)])

@@ -30,6 +30,7 @@ from ..options import (
     SETTINGS,
     axes_from,
     combinations,
+    draft_from,
     from_zero,
     load_with_start,
     parse_config,
@@ -55,9 +56,11 @@ def run(args: argparse.Namespace) -> int:
     prompt = None if args.prompt is None else read_prompt(args.prompt)
     with err.status(f"loading {args.model}"):
         model, tokenizer, start = load_with_start(args)
+        draft = draft_from(args, tokenizer)
     if not axes and not extra:
         axes = {"loops": DEFAULT_LOOPS}
-    session = Session(args, model, tokenizer, start, axes, [replace(start, **e) for e in extra])
+    more = [replace(start, **fields) for fields in extra]
+    session = Session(args, model, tokenizer, draft, start, axes, more)
     session.views()
     if prompt is not None:
         return 0 if session.answer(prompt) else INTERRUPTED
@@ -83,6 +86,7 @@ class Session:
     """The settings that are compared, and all answers so far.
 
     Args:
+        draft: arguments of `compare` for speculative decoding.
         start: what a setting is where nothing is said.
         axes: fields of `LoopConfig` and their values, all combined.
         extra: more settings.
@@ -91,6 +95,7 @@ class Session:
     args: argparse.Namespace
     model: Looped
     tokenizer: TokenizerWrapper
+    draft: dict[str, Any]
     start: LoopConfig
     axes: dict[str, list[Any]]
     extra: list[LoopConfig]
@@ -143,6 +148,7 @@ class Session:
                 seed=seed,
                 prefill_step_size=step,
                 progress=progress,
+                **self.draft,
             )
             try:
                 for answers in stream:
@@ -179,6 +185,7 @@ class Session:
             "max_tokens": self.args.max_tokens,
             "temp": self.args.temp,
             "seed": seed,
+            "draft": self.args.draft,
             "stopped": stopped,
             "answers": [self._answer_report(answer, answers[0]) for answer in answers],
         }
@@ -190,6 +197,7 @@ class Session:
             "text": answer.text,
             "finish_reason": answer.finish_reason or "interrupted",
             "generation_tokens": len(answer.tokens),
+            "draft_tokens": answer.drafted,
             "generation_tps": answer.tokens_per_second,
             "layers": layers,
             "layer_passes": passes,
@@ -251,6 +259,12 @@ class Session:
 
     def seed(self, argument: str) -> None:
         self._option("seed", from_zero, needed(argument, "/seed 1"))
+
+    def drafts(self, argument: str) -> None:
+        if argument not in ("self", "lookup", "off"):
+            raise UserError("write /draft self, /draft lookup or /draft off")
+        self.args.draft = self.draft["draft"] = None if argument == "off" else argument
+        self._show()
 
     def again(self, _: str) -> None:
         if self._prompt is None:
@@ -325,6 +339,7 @@ COMMANDS = {
     "max-tokens": _Command(Session.max_tokens, "N", "the most tokens of an answer"),
     "temp": _Command(Session.temp, "T", "sampling temperature; 0: greedy"),
     "seed": _Command(Session.seed, "N", "of the random numbers, the same for all settings"),
+    "draft": _Command(Session.drafts, "self | lookup | off", "same answers, sooner: what drafts"),
     "again": _Command(Session.again, "", "repeat the last prompt"),
     "prompts": _Command(Session.prompts, "FILE", "answer each line of a file"),
     "save": _Command(Session.save, "FILE", "write the session, as JSON or (.md) Markdown"),
