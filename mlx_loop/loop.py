@@ -223,7 +223,7 @@ class Looped(nn.Module):
         layers = self._for_loop(part, loop) if loops else [self.layers[i] for i in part]
         kv = [policy(loop.cache, entries[i], h.shape[1]) for i in part]
         g = _Window(layers, [masks[i] for i in part], kv)
-        h = self._integrate(g, h, loop, _norm(layers[0])) if loops else g(h)
+        h = self.run_loop(g, h, loop, _norm(layers[0])) if loops else g(h)
         if loops and loop.cache == "last" and entries[part[0]] is not None:
             # MLX is lazy: of this pass only keys and values are read, so of the last layer
             # nothing else is computed.
@@ -232,9 +232,13 @@ class Looped(nn.Module):
             entry.close()
         return h
 
-    def _integrate(
+    def run_loop(
         self, g: _Window, x0: mx.array, loop: LoopConfig, norm: RMSNorm | None
     ) -> mx.array:
+        """One loop, x0 -> the state that leaves it, (batch, length, hidden) both.
+
+        `trace` gives its view another one, which watches this.
+        """
         if loop.guard is None:
             return integrate(g, x0, loop, norm)
         out, fired = integrate_guarded(g, x0, loop, loop.guard, norm)
@@ -315,7 +319,7 @@ class Looped(nn.Module):
         else:
             layers = self._for_loop(part, loop)
             g = _Window(layers, here, kv, later)
-        h = self._integrate(g, h, loop, _norm(layers[0]))
+        h = self.run_loop(g, h, loop, _norm(layers[0]))
         for entry in kv:
             entry.close()
         return h

@@ -150,11 +150,11 @@ def trace(model: Looped, tokens: Sequence[int]) -> Trace:
 
     def integrate(g: Any, x0: mx.array, loop: LoopConfig, norm: RMSNorm | None) -> mx.array:
         recorder = _Recorder(g)
-        out = model._integrate(recorder, x0, loop, norm)  # type: ignore[arg-type]
+        out = model.run_loop(recorder, x0, loop, norm)  # type: ignore[arg-type]
         recorded.append((recorder, out))
         return out
 
-    view._integrate = integrate  # type: ignore[method-assign]
+    view.run_loop = integrate  # type: ignore[method-assign]
     text = mx.array(list(tokens))[None]
     mx.eval(view(text))
     loop = model.loop

@@ -129,7 +129,7 @@ def test_tracing_leaves_the_model_as_it_was(one_of_each):
     looped, text = one_of_each.with_loop(LoopConfig(loops=3)), tokens(1, 6)
     before = looped(text)
     trace(looped, text[0].tolist())
-    assert "_integrate" not in vars(looped)
+    assert "run_loop" not in vars(looped)
     assert mx.array_equal(looped(text), before)
 
 
