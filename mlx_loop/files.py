@@ -60,14 +60,17 @@ def check_space(folder: Path, path: Path, size: int) -> None:
         )
 
 
-def check_new(path: Path, overwrite: bool) -> None:
+def check_new(path: Path, overwrite: bool, otherwise: str = "remove it first") -> None:
     """Refuse to begin what would overwrite something unasked.
+
+    Args:
+        otherwise: what to do for one who wants this name.
 
     Raises:
         UserError: `path` exists and not `overwrite`.
     """
     if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already: choose another name or allow overwriting it")
+        raise UserError(f"{path} exists already: choose another name, or {otherwise}")
 
 
 @contextmanager

@@ -361,7 +361,8 @@ def conclusion(summaries: Sequence[Summary], better: int, count: int) -> str:
     """What may be said, in a sentence or two."""
     others = summaries[1:]
     told = [s for s in others if s.is_distinguishable]
-    what = f"{count} items, paired test, Holm's correction for {len(others)} settings, 5 %"
+    corrected = f", Holm's correction for {len(others)} settings" if len(others) > 1 else ""
+    what = f"{count} items, paired test{corrected}, 5 %"
     if not told:
         return f"No setting is distinguishable from no looping ({what})."
     good = sum(better * s.change > 0 for s in told)

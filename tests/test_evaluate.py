@@ -139,7 +139,7 @@ def test_the_command_answers_resumes_and_reports(tmp_path, capsys):
         ("--tasks nonsense", "unknown task 'nonsense'"),
         ("--tasks qa", "--documents"),
         ("--lengths 0", "whole number"),
-        ("--lengths 130", "greater --length"),
+        ("--lengths 130", "greater --lengths"),
         ("--loops 1", "--loops 2"),
         ("--tasks vt --documents nowhere.jsonl", "nowhere.jsonl"),
     ],

@@ -206,7 +206,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 def test_an_old_folder_is_replaced_only_by_force(tmp_path, capsys):
     convert(DEMOS["demo"], tmp_path / "q")
     convert(DEMOS["demo"], tmp_path / "q", status=2)
-    assert "exists already" in capsys.readouterr().err
+    assert "--force" in capsys.readouterr().err
     convert(DEMOS["demo"], tmp_path / "q", "--force", "--q-bits", "8")
     assert mlx_loop.load_model(tmp_path / "q").config["quantization"]["bits"] == 8
 

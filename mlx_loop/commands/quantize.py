@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     quantization = quantization_from(args)
     path = Path(args.mlx_path)
     if not args.dry_run:
-        check_new(path, args.force)
+        check_new(path, args.force, "replace it with --force")
     # Whoever ends the program ends it as Ctrl-C does: nothing half written stays.
     signal.signal(signal.SIGTERM, _interrupt)
     with err.status(f"opening {args.model}"):

@@ -127,7 +127,8 @@ def conclusion(scores: Scores) -> str:
     found, adjusted = compare(scores)
     said = [verdict(r.difference, p) for r, p in zip(found, adjusted, strict=True)]
     n, tried = len(scores.problems), len(found)
-    how = f"{n} problems, exact paired test, corrected for {tried} settings, 5 %"
+    corrected = f", corrected for {tried} settings" if tried > 1 else ""
+    how = f"{n} problems, exact paired test{corrected}, 5 %"
     names = {
         word: [scores.names[i] for i, said_of in enumerate(said, 1) if said_of == word]
         for word in ("better", "worse")

@@ -235,7 +235,7 @@ def _fit(
     if best[1] > budget:
         raise UserError(
             f"{what}: the shortest prompt takes {best[1]} tokens and {max(0, budget)} are left "
-            "beside the answer: ask for a greater --length"
+            "beside the answer: ask for greater --lengths"
         )
     empty = best[1]
     low, high, units = 0, None, UNITS_AT_FIRST
@@ -543,7 +543,7 @@ def _documents_task(rng: random.Random, length: int, index: int, sources: Source
         if words > available + UNITS_AT_FIRST:
             raise UserError(
                 f"the documents of {sources.documents} do not fill {length} tokens: give more of "
-                "them, or ask for a smaller --length"
+                "them, or ask for smaller --lengths"
             )
         distracting, left = [], words
         for document in others:
