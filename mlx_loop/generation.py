@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -94,6 +94,7 @@ def stream_generate(
         return
     drafter = _drafter(draft)
     _check_draft(drafter, prompt_cache, context, kwargs)
+    clock = _Clock(kwargs.pop("prompt_progress_callback", None))
     steps = speculative_generate_step(
         tokens,
         model,
@@ -101,10 +102,11 @@ def stream_generate(
         prompt_cache=prompt_cache,
         context=context,
         max_tokens=max_tokens,
+        prompt_progress_callback=clock,
         **kwargs,
     )
     with wired_limit(model, [generation_stream]):  # type: ignore[list-item]
-        yield from _responses(steps, tokenizer, len(tokens), max_tokens)
+        yield from _responses(steps, tokenizer, clock, len(tokens), max_tokens)
 
 
 def _drafter(draft: str | nn.Module | Drafter) -> Drafter:
@@ -132,20 +134,33 @@ def _check_draft(
         raise UserError("a draft model has to read what is in prompt_cache: pass it as context")
 
 
+class _Clock:
+    """Told of a prompt's progress, it knows when the prompt was done with, in seconds.
+
+    The first round of drafts brings many tokens, so its time may not count for the prompt.
+    """
+
+    def __init__(self, watched: Callable[[int, int], None] | None):
+        self.start = self.processed = time.perf_counter()
+        self._watched = watched
+
+    def __call__(self, done: int, total: int) -> None:
+        self.processed = time.perf_counter()
+        if self._watched is not None:
+            self._watched(done, total)
+
+
 def _responses(
     steps: Generator[tuple[int, mx.array, bool], None, None],
     tokenizer: TokenizerWrapper,
+    clock: _Clock,
     prompt_tokens: int,
     max_tokens: int,
 ) -> Generator[GenerationResponse, None, None]:
     """What mlx-lm's `stream_generate` makes of tokens; it takes no generator but its own."""
     detokenizer = tokenizer.detokenizer
-    start, prompt_time = time.perf_counter(), 0.0
     with closing(steps):
         for n, (token, logprobs, from_draft) in enumerate(steps, 1):
-            if n == 1:
-                prompt_time = time.perf_counter() - start
-                start = time.perf_counter()
             reason = "length" if n == max_tokens else None
             if token in tokenizer.eos_token_ids:
                 reason = "stop"
@@ -159,9 +174,9 @@ def _responses(
                 logprobs=logprobs,
                 from_draft=from_draft,
                 prompt_tokens=prompt_tokens,
-                prompt_tps=prompt_tokens / prompt_time,
+                prompt_tps=prompt_tokens / (clock.processed - clock.start),
                 generation_tokens=n,
-                generation_tps=n / (time.perf_counter() - start),
+                generation_tps=n / (time.perf_counter() - clock.processed),
                 peak_memory=mx.get_peak_memory() / 1e9,
                 finish_reason=reason,
             )

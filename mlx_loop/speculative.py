@@ -274,6 +274,7 @@ def speculative_generate_step(
     text = [*context, *prompt]
     with mx.stream(generation_stream):
         _prefill(model, prompt_cache, prompt, prefill_step_size, quantise, progress)
+        progress(len(prompt), len(prompt))
         done, left = position(prompt_cache[0]), max_tokens
         try:
             while left:
@@ -292,8 +293,6 @@ def speculative_generate_step(
                 mx.eval(kept, follower, draft.tokens)
                 accepted = int(kept)
                 tokens = [*_ids(draft.tokens)[:accepted], int(follower)]
-                if left == max_tokens:
-                    progress(len(prompt), len(prompt))
                 pace.record(accepted, draft.tokens.size)
                 start, done = done, done + len(tokens)
                 rewind(prompt_cache, done)

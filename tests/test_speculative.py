@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing
 
 import mlx.core as mx
@@ -245,6 +246,19 @@ def test_prompts_are_fed_in_mlx_lms_chunks(looped, step):
     assert drafted(looped, max_tokens=8, prefill_step_size=step) == plain(
         looped, max_tokens=8, prefill_step_size=step
     )
+
+
+def test_the_first_round_counts_as_generation_and_not_as_prompt(demo):
+    model, tokenizer = demo
+
+    class Slow(SelfDraft):
+        def draft(self, *args):
+            time.sleep(0.3)
+            return super().draft(*args)
+
+    *_, last = mlx_loop.stream_generate(model, tokenizer, "hello", 4, draft=Slow())
+    assert last.generation_tps < last.generation_tokens / 0.3
+    assert last.prompt_tokens / last.prompt_tps < 0.3
 
 
 @pytest.mark.parametrize("start", [0, len(PROMPT) + 6])
