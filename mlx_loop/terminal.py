@@ -17,8 +17,18 @@ from .config import LoopConfig
 from .conversation import Interrupted
 from .loop import Looped, layer_passes
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+PIPE_WIDTH = 10_000
+
+
+def _console(stderr: bool = False) -> Console:
+    """As wide as the terminal; a file or pipe has no width, so nothing is wrapped there."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console
+
+
+out, err = _console(), _console(stderr=True)
 
 
 @contextmanager

@@ -186,7 +186,7 @@ def hub(tmp_path):
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hub"), "COLUMNS": "100"}
+    env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hub")}
 
     def run(*command):
         return subprocess.run(

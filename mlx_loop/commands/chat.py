@@ -98,8 +98,7 @@ class Chat:
         if stop.is_set():
             out.print("stopped", style="yellow")
         if response is not None:
-            line = numbers(response, self.conversation.model, drafted)
-            out.print(line, style="dim", soft_wrap=not out.is_terminal)
+            out.print(numbers(response, self.conversation.model, drafted), style="dim")
 
     # --- Commands ---
 

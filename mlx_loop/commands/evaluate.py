@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         err.print("stopped; the same command goes on from here", style="yellow")
     scores, page = write(folder, len(model.layers), args.holdout, args.reference)
     out.print(_table(overall_rows(scores, len(model.layers))))
-    out.print(conclusion(scores), soft_wrap=not out.is_terminal)
+    out.print(conclusion(scores))
     err.print(f"the whole report: {page}", markup=False, soft_wrap=True)
     return 0 if finished else INTERRUPTED
 

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     summaries = summarise(views, work, results)
     show = err if args.best else out
     show.print(_table(summaries, work))
-    show.print(conclusion(summaries, work.better, count), soft_wrap=not show.is_terminal)
+    show.print(conclusion(summaries, work.better, count))
     if not is_task:
         show.print("A lower loss does not promise better answers.", style="dim")
     if args.plot is not None:

@@ -83,8 +83,7 @@ def show(traced: Trace, tokenizer: TokenizerWrapper, tokens: bool) -> None:
     for loop in traced.loops:
         where = f"{_where(loop)}: " if len(traced.loops) > 1 else ""
         colour = COLOURS.get(loop.verdict, "dim")
-        line = f"{where}[{colour}]{loop.verdict}[/{colour}]: {loop.reason}"
-        out.print(line, soft_wrap=not out.is_terminal)
+        out.print(f"{where}[{colour}]{loop.verdict}[/{colour}]: {loop.reason}")
     if len(traced.loops) > 1:
         colour = COLOURS.get(traced.verdict, "dim")
         out.print(f"in all [{colour}]{traced.verdict}[/{colour}]")
