@@ -3,8 +3,8 @@
     python benchmarks/quantise.py --gigabytes 4
 
 Writes a synthetic checkpoint in Qwen3's published layout to a temporary folder, quantises it with
-both, each in a process of its own, loads it with `quantize=`, and removes everything. Peaks are
-MLX's own (`mx.get_peak_memory`); the resident set is the operating system's.
+both in turn, each in a process of its own, loads it with `quantize=`, and removes everything. Peaks
+are MLX's own (`mx.get_peak_memory`); the resident set is the operating system's. Medians of all runs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import platform
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+from rich.console import Console
+from rich.progress import track
 
 import mlx_loop
 from mlx_loop.cli import main as mlx_loop_main
@@ -33,6 +36,7 @@ from mlx_loop.models import get_classes
 from mlx_loop.quantise import parameters
 
 SHARD = 1 << 30
+WAYS = ["mlx_loop quantize", "mlx_lm.convert", "mlx_loop.load(quantize=4)"]
 
 
 def write_checkpoint(folder: Path, size: float) -> int:
@@ -97,6 +101,7 @@ def measure(what: str, source: str, target: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.3, help="default %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, help="default %(default)s")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -110,29 +115,26 @@ def main() -> None:
             f"{platform.machine()} {platform.system()}, {mx.default_device()}\n",
             flush=True,
         )
-        print("| | peak, GB | peak / checkpoint | peak / quantised | resident, GB | CPU s | s |")
-        print("|---|---|---|---|---|---|---|")
+        source, target = folder / "source", folder / "target"
+        costs: dict[str, list[dict[str, float]]] = {what: [] for what in WAYS}
         quantised = 0
-        for what in ("mlx_loop quantize", "mlx_lm.convert", "mlx_loop.load(quantize=4)"):
-            target = folder / "target"
-            command = [
-                sys.executable,
-                __file__,
-                "--measure",
-                what,
-                str(folder / "source"),
-                str(target),
-            ]
+        for what in track(WAYS * args.repeats, "quantising", console=Console(stderr=True)):
+            command = [sys.executable, __file__, "--measure", what, str(source), str(target)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            cost = json.loads(done.stdout.splitlines()[-1])
+            costs[what].append(json.loads(done.stdout.splitlines()[-1]))
             if target.exists():
                 quantised = sum(file.stat().st_size for file in target.glob("*.safetensors"))
                 shutil.rmtree(target)
+        print("| | peak, GB | peak / checkpoint | peak / quantised | resident, GB | CPU s | s |")
+        print("|---|---|---|---|---|---|---|")
+        for what, runs in costs.items():
+            peak, resident, seconds, cpu = (
+                statistics.median(run[name] for run in runs)
+                for name in ("peak", "resident", "seconds", "cpu")
+            )
             print(
-                f"| {what} | {cost['peak'] / 1e9:.2f} | {cost['peak'] / size:.2f} | "
-                f"{cost['peak'] / quantised:.2f} | {cost['resident'] / 1e9:.2f} | "
-                f"{cost['cpu']:.0f} | {cost['seconds']:.0f} |",
-                flush=True,
+                f"| {what} | {peak / 1e9:.2f} | {peak / size:.2f} | {peak / quantised:.2f} | "
+                f"{resident / 1e9:.2f} | {cpu:.1f} | {seconds:.1f} |"
             )
 
 
