@@ -3,8 +3,9 @@
     python benchmarks/quantise.py --gigabytes 4
 
 Writes a synthetic checkpoint in Qwen3's published layout to a temporary folder, quantises it with
-both in turn, each in a process of its own, loads it with `quantize=`, and removes everything. Peaks
-are MLX's own (`mx.get_peak_memory`); the resident set is the operating system's. Medians of all runs.
+both in turn, each in a process of its own, loads it with `quantize=`, and removes everything.
+Medians of all runs. Peaks are MLX's own (`mx.get_peak_memory`), the resident set is the operating
+system's.
 """
 
 from __future__ import annotations
