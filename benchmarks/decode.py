@@ -22,8 +22,8 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from scipy.stats import quantile_test
+from skills import markdown
 
 import mlx_loop
 from mlx_loop import LoopConfig
@@ -175,32 +175,32 @@ def main() -> None:
     prompt = mx.random.randint(2, 400, (1, args.prompt_tokens), key=mx.random.key(0))
     base_peak, base_cache = peak_memory(model.with_loop(None), prompt)
 
-    columns = ("settings", "layer passes", "ratio of passes", "ratio of time", "factor", "peak")
-    table = Table(*columns, title=f"decode against mlx-lm, {model.model_type}, {layers} layers")
-    for name, settings in track(SETTINGS.items(), description="measuring", transient=True):
+    rows = []
+    for name, settings in track(SETTINGS.items(), "measuring", console=Console(stderr=True)):
         looped = model.with_loop(settings)
         passes = layer_passes(looped.loop, layers)
         measured = plain_model(model) if name == CONTROL else looped
         ratio, low, high = median_ratio(measured, plain, prompt, args.pairs)
         relative = passes / layers
         peak, cache = peak_memory(measured, prompt)
-        table.add_row(
-            name,
-            str(passes),
-            f"{relative:.3f}",
-            f"{ratio:.3f}",
-            f"{ratio / relative:.3f} [{low / relative:.3f}, {high / relative:.3f}]",
-            f"{(peak - (cache - base_cache)) / base_peak - 1:+.2%}",
+        rows.append(
+            [
+                name,
+                str(passes),
+                f"{relative:.3f}",
+                f"{ratio:.3f}",
+                f"{ratio / relative:.3f} [{low / relative:.3f}, {high / relative:.3f}]",
+                f"{(peak - (cache - base_cache)) / base_peak - 1:+.2%}",
+            ]
         )
-    console = Console()
-    console.print(table)
-    console.print(
-        "factor: time over passes. peak: against the un-looped model, without own's histories."
-    )
+    header = ["settings", "layer passes", "ratio of passes", "ratio of time", "factor"]
+    print(f"{model.model_type}, {layers} layers, {args.pairs} pairs\n")
+    print(markdown([*header, "peak memory"], rows))
+    print("\nfactor: time over passes; peak memory: without own's histories; both against mlx-lm")
     if model.moe is not None:
         views = model.with_loop(FROZEN), model.with_loop(LIVE)
         ratio, low, high = median_ratio(*views, prompt, args.pairs)
-        console.print(f"K = 8, frozen over live routing: {ratio:.3f} [{low:.3f}, {high:.3f}]")
+        print(f"K = 8, frozen over live routing: {ratio:.3f} [{low:.3f}, {high:.3f}]")
 
 
 if __name__ == "__main__":
