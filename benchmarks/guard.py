@@ -26,7 +26,7 @@ from mlx_loop import Guard, LoopConfig
 from mlx_loop.loading import DEMOS
 from mlx_loop.loop import Looped
 from mlx_loop.significance import wilson
-from mlx_loop.sweep import QUESTIONS, read_task
+from mlx_loop.sweep import QUESTIONS, is_right, read_task
 
 SETTINGS = {
     "no loop": None,
@@ -37,12 +37,12 @@ SETTINGS = {
 }
 
 
-def is_right(view: Looped, tokenizer: TokenizerWrapper, question: dict) -> bool:
+def answers_right(view: Looped, tokenizer: TokenizerWrapper, question: dict) -> bool:
     """Whether greedy decoding gives the answer and nothing else."""
     prompt = tokenizer.apply_chat_template(question["messages"], add_generation_prompt=True)
     length = len(tokenizer.encode(question["answer"])) + 2
     text = mlx_loop.generate(view, tokenizer, prompt, max_tokens=length)
-    return text.strip() == question["answer"].strip()
+    return is_right(question, text)
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
     for name, loop in track(SETTINGS.items(), description="measuring", transient=True):
         for guard in (None, Guard()) if loop else (None,):
             view = model.with_loop(loop and replace(loop, guard=guard))
-            right = sum(is_right(view, tokenizer, question) for question in questions)
+            right = sum(answers_right(view, tokenizer, question) for question in questions)
             low, high = wilson(right, len(questions))
             share, time = "", ""
             if guard is not None:

@@ -28,8 +28,8 @@ import mlx_loop
 from mlx_loop import LoopConfig
 from mlx_loop.loading import DEMOS
 from mlx_loop.loop import Looped, layer_passes
+from mlx_loop.sweep import QUESTIONS, is_right
 
-QUESTIONS = Path(mlx_loop.__file__).parent / "demo" / "questions.jsonl"
 LOOPS = (2, 4, 8)
 CURVES = ("naive", "euler", "anchored")  # integrators of the plot
 BY_SKILL = ("un-looped", *(f"{integrator}, K = 4" for integrator in CURVES))
@@ -63,14 +63,6 @@ def read_questions(limit: int) -> list[dict]:
         question = json.loads(line)
         by_skill[question["skill"]].append(question)
     return [question for group in by_skill.values() for question in group[:limit]]
-
-
-def is_right(question: dict, text: str) -> bool:
-    """Exact match; a fallback needs only to begin as the answer does."""
-    said = text.strip()
-    if question["skill"] == "fallback":
-        return said.startswith(question["answer"])
-    return said == question["answer"]
 
 
 def scores(

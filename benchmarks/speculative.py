@@ -22,7 +22,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 from decode import LAYOUTS, random_model
@@ -46,8 +45,8 @@ from mlx_loop.speculative import (
     round_passes,
     speculative_generate_step,
 )
+from mlx_loop.sweep import QUESTIONS
 
-QUESTIONS = Path(mlx_loop.__file__).parent / "demo" / "questions.jsonl"
 LIMIT = 64  # tokens of an answer
 # Qwen3-4B, and the random model of `time`.
 DEEP = LAYOUTS["dense"] | {

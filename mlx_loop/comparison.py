@@ -81,7 +81,7 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of this setting by itself; None before there are two tokens."""
+        """Of this setting by itself; None before a token was timed."""
         return self._timed / self._seconds if self._seconds else None
 
     def extra_time(self, base: Answer) -> float | None:
@@ -241,11 +241,10 @@ def _take_turns(
             response = next(stream)
             if drafts:
                 mx.synchronize(generation_stream)
+                before = asked
             now = time.perf_counter()
             answer.say(response)
-            if drafts:
-                answer.took(now - asked)
-            elif turn and asked - before < 0.5 * (now - before):
+            if (turn or drafts) and asked - before < 0.5 * (now - before):
                 answer.took(now - before)
             if response.finish_reason is not None:
                 running.remove((stream, answer))

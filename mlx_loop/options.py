@@ -50,6 +50,21 @@ def parse_setting(name: str, text: str) -> Any:
         raise UserError(f"{name} {text!r} is not valid: write {setting.form}") from error
 
 
+# What drafts without a model of its own.
+DRAFTS = ("self", "lookup")
+
+
+def parse_draft(text: str) -> str | None:
+    """What `/draft` asks for: one of `DRAFTS`, or None for off.
+
+    Raises:
+        UserError: anything else.
+    """
+    if text not in (*DRAFTS, "off"):
+        raise UserError("write /draft self, /draft lookup or /draft off")
+    return None if text == "off" else text
+
+
 # Their values have commas in them, so several values have semicolons between.
 _WITH_COMMAS = ("alpha", "weights", "guard")
 
@@ -521,7 +536,7 @@ def draft_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[st
     from .speculative import ModelDraft
 
     draft: Any = args.draft
-    if draft not in (None, "self", "lookup"):
+    if draft not in (None, *DRAFTS):
         model, its_tokenizer = load(draft, loop=None)
         if its_tokenizer.vocab_size != tokenizer.vocab_size:
             raise UserError(

@@ -18,7 +18,7 @@ from ..config import LoopConfig
 from ..conversation import Conversation, Interrupted
 from ..errors import UserError
 from ..files import whole_file
-from ..options import draft_from, generation_from, load_from, parse_setting
+from ..options import draft_from, generation_from, load_from, parse_draft, parse_setting
 from ..prompt_line import needed, piped_lines, typed_lines
 from ..terminal import (
     describe,
@@ -141,9 +141,7 @@ class Chat:
         self._show_loop()
 
     def draft(self, argument: str) -> None:
-        if argument not in ("self", "lookup", "off"):
-            raise UserError("write /draft self, /draft lookup or /draft off")
-        self.generation["draft"] = None if argument == "off" else argument
+        self.generation["draft"] = parse_draft(argument)
         out.print(f"draft {argument}", style="dim")
 
     def info(self, _: str) -> None:

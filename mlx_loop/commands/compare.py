@@ -34,6 +34,7 @@ from ..options import (
     from_zero,
     load_with_start,
     parse_config,
+    parse_draft,
     parse_settings,
     positive,
     sampler_from,
@@ -261,9 +262,7 @@ class Session:
         self._option("seed", from_zero, needed(argument, "/seed 1"))
 
     def drafts(self, argument: str) -> None:
-        if argument not in ("self", "lookup", "off"):
-            raise UserError("write /draft self, /draft lookup or /draft off")
-        self.args.draft = self.draft["draft"] = None if argument == "off" else argument
+        self.args.draft = self.draft["draft"] = parse_draft(argument)
         self._show()
 
     def again(self, _: str) -> None:

@@ -14,7 +14,7 @@ from ..conversation import Interrupted
 from ..errors import INTERRUPTED, UserError
 from ..generation import encode, stream_generate
 from ..loop import Looped, layer_passes
-from ..options import draft_from, generation_from, load_from, prefill_step_from
+from ..options import DRAFTS, draft_from, generation_from, load_from, prefill_step_from
 from ..prompt_cache import load_prompt_cache
 from ..terminal import err, interruptible, numbers, out, prompt_progress
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     settings = generation_from(args, tokenizer) | draft
     cache = None
     if args.prompt_cache_file is not None:
-        if args.draft not in (None, "self", "lookup"):
+        if args.draft not in (None, *DRAFTS):
             raise UserError(
                 "a draft model has to read the whole prompt, which --prompt-cache-file does not "
                 "hold as text: use --draft self, or leave one of them out"
