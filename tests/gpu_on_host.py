@@ -14,7 +14,9 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,8 +24,12 @@ from unittest import mock
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
+from mlx_loop import loop
 from mlx_loop.kernels import source
+
+update = sys.modules["mlx_loop.kernels.update"]
 
 HEADERS = Path(__file__).parent / "host"
 SANITIZERS = ("address,undefined", "thread")
@@ -46,6 +52,12 @@ def compiler() -> str | None:
         if subprocess.run(trial, input=b"int main() {}", capture_output=True).returncode:
             return None
     return found
+
+
+needs_compiler = pytest.mark.skipif(
+    compiler() is None,
+    reason="needs a C++ compiler with address, undefined-behaviour and thread sanitizers",
+)
 
 
 # --- Texts ----------------------------------------------------------------------------------
@@ -295,6 +307,54 @@ def encode(values: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
     """Values rounded to a dtype, as words of its size."""
     x = mx.array(values.astype(np.float32)).astype(dtype)
     return np.array(x.view(mx.uint16 if dtype.size == 2 else mx.uint32))
+
+
+# --- Models ---------------------------------------------------------------------------------
+
+
+class Launches:
+    """In the place of `source.launch`, for models that go the way of a GPU.
+
+    Which functions a run needs is not known before it. In a first run, updates are plain MLX;
+    after `compile` they are the Metal functions.
+
+    Attributes:
+        count: of launches by them.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._examples: dict[tuple, list[mx.array]] = {}
+        self._functions: dict[tuple, Function] = {}
+        self._program: Path | None = None
+
+    def compile(self, folder: Path) -> None:
+        self._functions = {key: metal(key[0], arrays) for key, arrays in self._examples.items()}
+        (self._program,) = compile_all(
+            folder, list(self._functions.values()), SANITIZERS[:1]
+        ).values()
+
+    def __call__(
+        self, variant: source.Variant, backend: str, *arrays: mx.array
+    ) -> Sequence[mx.array]:
+        key = variant, *((x.shape, x.dtype) for x in arrays)
+        if self._program is None:
+            self._examples[key] = [mx.zeros(x.shape, x.dtype) for x in arrays]
+            return update.plain(variant)(*arrays)
+        self.count += 1
+        inputs = [Memory(words, words, x.dtype) for x in arrays for words in [np.array(x)]]
+        job = Job(list(self._functions).index(key), self._functions[key], inputs)
+        (outputs,) = run(self._program, [job])
+        return [mx.array(x.astype(np.float32)) for x in outputs]
+
+    @contextmanager
+    def in_models(self) -> Iterator[None]:
+        with (
+            mock.patch.object(update, "launch", self),
+            mock.patch.object(update, "on_gpu", return_value=True),
+            mock.patch.object(loop, "on_gpu", return_value=True),
+        ):
+            yield
 
 
 # --- NVIDIA's compiler ----------------------------------------------------------------------

@@ -12,7 +12,7 @@ import gpu_on_host
 import mlx.core as mx
 import numpy as np
 import pytest
-from gpu_on_host import Job, Memory
+from gpu_on_host import Job, Memory, needs_compiler
 
 from mlx_loop import LoopConfig
 from mlx_loop.integrators import INTEGRATORS, integrate, passes
@@ -24,12 +24,6 @@ from mlx_loop.presets import resolve
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
 # Significant bits of a type; a rounding moves a number by at most half of the last one.
 BITS = {F32: 24, F16: 11, BF16: 8}
-
-needs_compiler = pytest.mark.skipif(
-    gpu_on_host.compiler() is None,
-    reason="needs a C++ compiler with address, undefined-behaviour and thread sanitizers",
-)
-
 
 # --- Inputs and what must come out ----------------------------------------------------------
 
