@@ -13,11 +13,10 @@ import mlx.core as mx
 
 from .config import Guard, LoopConfig
 from .integrators import Between, Window, integrate
-from .kernels import RMSNorm
 
 
 def integrate_guarded(
-    g: Window, x0: mx.array, config: LoopConfig, guard: Guard, norm: RMSNorm | None = None
+    g: Window, x0: mx.array, config: LoopConfig, guard: Guard
 ) -> tuple[mx.array, mx.array]:
     """`integrate`, with the natural pass g(x0) for every token whose loop left the limits.
 
@@ -30,7 +29,7 @@ def integrate_guarded(
         (batch, length, 1), bool.
     """
     ends = _Ends(g)
-    out = integrate(ends, x0, config, norm)
+    out = integrate(ends, x0, config)
     x, gx = ends.last
     return _guarded(_squares(guard), out, ends.first, x, gx, x0)
 
@@ -71,10 +70,8 @@ class _Ends:
         self.first: Any = None
         self.last: Any = None
 
-    def __call__(
-        self, x: mx.array, between: Between | None = None, normed: mx.array | None = None
-    ) -> mx.array:
-        gx = self._g(x, between, normed)
+    def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:
+        gx = self._g(x, between)
         self.first = gx if self.first is None else self.first
         self.last = x, gx
         return gx

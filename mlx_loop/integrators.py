@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from .config import LoopConfig
-from .kernels import Anderson, Form, Rescale, RMSNorm, combine, update
+from .kernels import Anderson, Form, Rescale, combine, update
 
 Between = Callable[[int, mx.array], mx.array]
 
@@ -29,25 +29,22 @@ class Window(Protocol):
     """g: one pass over the window, (batch, length, hidden) -> the same shape and dtype.
 
     `between(i, h)`, where given, replaces the output h of the window's i-th layer before it goes
-    on to the next. `normed`, where given, is the RMSNorm of x that the first layer begins with.
+    on to the next.
     """
 
-    def __call__(
-        self, x: mx.array, between: Between | None = None, normed: mx.array | None = None
-    ) -> mx.array: ...
+    def __call__(self, x: mx.array, between: Between | None = None) -> mx.array: ...
 
 
-def integrate(g: Window, x0: mx.array, config: LoopConfig, norm: RMSNorm | None = None) -> mx.array:
+def integrate(g: Window, x0: mx.array, config: LoopConfig) -> mx.array:
     """The state that leaves the loop.
 
     Args:
         g: one pass over the window. Its first call is the natural pass, g(x0).
         x0: (batch, length, hidden), the residual stream that enters the window.
         config: complete settings (`presets.resolve`).
-        norm: what g begins with; g then gets it with the states that are formed here.
     """
     integrator = INTEGRATORS[config.integrator]
-    loop = _Loop(g, x0, config, norm)
+    loop = _Loop(g, x0, config)
     if isinstance(integrator, Nonlinear):
         return integrator.run(loop, x0, config)
     return _run(_plan(config), loop, x0)
@@ -293,21 +290,16 @@ class _Loop:
     """The two things that an integrator does: evaluate g, and form states by one update each.
 
     Where an iterate's norm is set, it lies between |x0| and |g(x0)|, token by token. The first
-    update that needs these two measures them in its own pass over the states. Likewise the update
-    that forms a state takes the norm that g begins with along.
+    update that needs these two measures them in its own pass over the states.
     """
 
-    def __init__(self, g: Window, x0: mx.array, config: LoopConfig, norm: RMSNorm | None):
-        self._g, self._x0, self._config, self._norm = g, x0, config, norm
+    def __init__(self, g: Window, x0: mx.array, config: LoopConfig):
+        self._g, self._x0, self._config = g, x0, config
         self._natural: mx.array | None = None
         self._ends: mx.array | None = None
-        self._formed: tuple[mx.array, mx.array | None] = (x0, None)
 
     def g(self, x: mx.array, between: Between | None = None) -> mx.array:
         """One pass."""
-        state, normed = self._formed
-        if x is state and normed is not None:
-            return self._g(x, between, normed)
         out = self._g(x) if between is None else self._g(x, between)
         if self._natural is None:
             self._natural = out
@@ -316,7 +308,6 @@ class _Loop:
     def form(self, k: int | None, form: Form, states: Sequence[mx.array]) -> mx.array:
         """Iterate k, or for None an intermediate stage, in `form` (`kernels.update`)."""
         at = None if k is None else self._norm_at(k)
-        norm = None if k == self._config.loops else self._norm
         rescale = None if at is None else Rescale(at, self._ends)
         measure: list[list[float]] = []
         if rescale is not None and self._ends is None:
@@ -324,9 +315,8 @@ class _Loop:
             ends = (self._x0, self._natural)
             states = [*states, *(end for end in ends if all(end is not y for y in states))]
             measure = [[float(y is end) for y in states] for end in ends]
-        found = update(form, states, measure=measure, rescale=rescale, rms_norm=norm)
+        found = update(form, states, measure=measure, rescale=rescale)
         self._ends = self._ends if found.norms is None else found.norms
-        self._formed = found.out, found.normed
         return found.out
 
     def _norm_at(self, k: int) -> float | None:

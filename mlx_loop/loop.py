@@ -36,7 +36,6 @@ from .config import LoopConfig
 from .errors import UserError
 from .guard import Count, integrate_guarded
 from .integrators import Between, integrate, is_natural, passes
-from .kernels import RMSNorm, on_gpu
 from .phase import announce, prompt_end
 from .presets import resolve
 from .routing import MoEBlock, join_routing, with_frozen_routing
@@ -223,7 +222,7 @@ class Looped(nn.Module):
         layers = self._for_loop(part, loop) if loops else [self.layers[i] for i in part]
         kv = [policy(loop.cache, entries[i], h.shape[1]) for i in part]
         g = _Window(layers, [masks[i] for i in part], kv)
-        h = self.run_loop(g, h, loop, _norm(layers[0])) if loops else g(h)
+        h = self.run_loop(g, h, loop) if loops else g(h)
         if loops and loop.cache == "last" and entries[part[0]] is not None:
             # MLX is lazy: of this pass only keys and values are read, so of the last layer
             # nothing else is computed.
@@ -232,16 +231,14 @@ class Looped(nn.Module):
             entry.close()
         return h
 
-    def run_loop(
-        self, g: _Window, x0: mx.array, loop: LoopConfig, norm: RMSNorm | None
-    ) -> mx.array:
+    def run_loop(self, g: _Window, x0: mx.array, loop: LoopConfig) -> mx.array:
         """One loop, x0 -> the state that leaves it, (batch, length, hidden) both.
 
         `trace` gives its view another one, which watches this.
         """
         if loop.guard is None:
-            return integrate(g, x0, loop, norm)
-        out, fired = integrate_guarded(g, x0, loop, loop.guard, norm)
+            return integrate(g, x0, loop)
+        out, fired = integrate_guarded(g, x0, loop, loop.guard)
         # Without a cache this may be training, and nothing may leave a compiled function.
         return out if self._firings is None or not g.cached else self._firings.add(fired, out)
 
@@ -319,7 +316,7 @@ class Looped(nn.Module):
         else:
             layers = self._for_loop(part, loop)
             g = _Window(layers, here, kv, later)
-        h = self.run_loop(g, h, loop, _norm(layers[0]))
+        h = self.run_loop(g, h, loop)
         for entry in kv:
             entry.close()
         return h
@@ -416,33 +413,16 @@ class _Window:
         self.cached = not isinstance(kv[0], Uncached)
         self._evaluation = 0
 
-    def __call__(
-        self, x: mx.array, between: Between | None = None, normed: mx.array | None = None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:
         natural = self._evaluation == 0
         masks = self._masks if natural else self._later_masks
         for i, (layer, mask, kv) in enumerate(zip(self._layers, masks, self._kv, strict=True)):
             view = kv.view(self._evaluation)
-            if i == 0 and normed is not None:
-                layer = _with_normed_input(layer, normed)
             x = self._outputs[i] if natural and self._outputs else layer(x, mask, view)
             if between is not None:
                 x = between(i, x)
         self._evaluation += 1
         return x
-
-
-def _norm(layer: Any) -> RMSNorm | None:
-    """What a layer begins with, if an update can take it along, which pays where it is a kernel."""
-    norm = getattr(layer, "input_layernorm", None) if on_gpu() else None
-    return RMSNorm(norm.weight, norm.eps) if type(norm) is nn.RMSNorm else None
-
-
-def _with_normed_input(layer: nn.Module, normed: mx.array) -> nn.Module:
-    """A copy of `layer`, sharing all weights, for an input whose RMSNorm is at hand."""
-    stand_in = copy.copy(layer)
-    stand_in["input_layernorm"] = lambda x: normed
-    return stand_in
 
 
 def _parts(loop: LoopConfig) -> list[range]:

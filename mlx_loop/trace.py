@@ -19,7 +19,6 @@ from .comparison import CHUNK, kl
 from .config import Guard, LoopConfig
 from .errors import UserError
 from .integrators import Between, Window
-from .kernels import RMSNorm
 from .loop import Looped
 from .routing import expert_changes
 
@@ -148,9 +147,9 @@ def trace(model: Looped, tokens: Sequence[int]) -> Trace:
     recorded: list[tuple[_Recorder, mx.array]] = []
     view = model.with_loop(model.loop)
 
-    def integrate(g: Any, x0: mx.array, loop: LoopConfig, norm: RMSNorm | None) -> mx.array:
+    def integrate(g: Any, x0: mx.array, loop: LoopConfig) -> mx.array:
         recorder = _Recorder(g)
-        out = model.run_loop(recorder, x0, loop, norm)  # type: ignore[arg-type]
+        out = model.run_loop(recorder, x0, loop)  # type: ignore[arg-type]
         recorded.append((recorder, out))
         return out
 
@@ -180,10 +179,8 @@ class _Recorder:
         self._g = g
         self.evaluations: list[tuple[mx.array, mx.array]] = []
 
-    def __call__(
-        self, x: mx.array, between: Between | None = None, normed: mx.array | None = None
-    ) -> mx.array:
-        gx = self._g(x, between, normed)
+    def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:
+        gx = self._g(x, between)
         self.evaluations.append((x, gx))
         return gx
 

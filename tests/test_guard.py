@@ -19,7 +19,7 @@ X0 = mx.random.normal((1, 6, 8), key=mx.random.key(0))
 FACTORS = mx.array([0.5, 0.9, 1.0, 1.1, 1.5, 3.0])[None, :, None]
 
 
-def g(x, between=None, normed=None):
+def g(x, between=None):
     x = x * FACTORS
     return x if between is None else between(0, x)
 
@@ -55,7 +55,7 @@ def test_a_token_that_fires_takes_its_natural_pass_and_others_are_not_touched():
 
 
 def test_what_is_not_a_number_falls_back():
-    def explode(x, between=None, normed=None):
+    def explode(x, between=None):
         explode.calls += 1
         return x * (float("nan") if explode.calls == 3 else 0.9)
 

@@ -1,5 +1,5 @@
 """The arithmetic of one integrator update, shared by every integrator."""
 
-from .update import Anderson, Form, Rescale, RMSNorm, combine, on_gpu, token_norm, update
+from .update import Anderson, Form, Rescale, combine, on_gpu, token_norm, update
 
-__all__ = ["Anderson", "Form", "RMSNorm", "Rescale", "combine", "on_gpu", "token_norm", "update"]
+__all__ = ["Anderson", "Form", "Rescale", "combine", "on_gpu", "token_norm", "update"]

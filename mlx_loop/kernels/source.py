@@ -31,7 +31,6 @@ class Variant:
         measured: norms to measure, each of a linear combination of the y.
         rescaled: whether each token of `out` is brought to a norm between two given ones.
         norms: whether those two are an input; otherwise they are the first two measured.
-        rms_norm: whether the RMSNorm of `out` is wanted too.
         wide: whether `out` is float32; otherwise it has the last state's dtype.
     """
 
@@ -40,32 +39,30 @@ class Variant:
     measured: int = 0
     rescaled: bool = False
     norms: bool = False
-    rms_norm: bool = False
     wide: bool = False
 
     @property
     def by_row(self) -> bool:
         """Whether a token needs a sum over itself, so that one threadgroup does all of it."""
-        return self.form == "anderson" or bool(self.measured or self.rescaled or self.rms_norm)
+        return self.form == "anderson" or bool(self.measured or self.rescaled)
 
     @property
     def name(self) -> str:
-        extras = ("rescaled", "norms", "rms_norm", "wide")
+        extras = ("rescaled", "norms", "wide")
         words = [word for word in extras if getattr(self, word)]
         return "_".join(["mlx_loop", self.form, str(self.states), str(self.measured), *words])
 
     @property
     def inputs(self) -> list[str]:
-        """`coefficients`, float32: `measured` + 1 rows for the y, then `at`, then epsilon.
+        """`coefficients`, float32: `measured` + 1 rows for the y, then `at`.
 
         The first row of `aitken` is not read; that of `anderson` begins with the damping.
         """
-        extras = [name for name in ("norms",) if self.norms] + ["weight"] * self.rms_norm
-        return ["coefficients", *(f"y{j}" for j in range(self.states)), *extras]
+        return ["coefficients", *(f"y{j}" for j in range(self.states)), *["norms"] * self.norms]
 
     @property
     def outputs(self) -> list[str]:
-        return ["out", *["measured"] * bool(self.measured), *["normed"] * self.rms_norm]
+        return ["out", *["measured"] * bool(self.measured)]
 
 
 # --- Preludes -------------------------------------------------------------------------------
@@ -314,12 +311,10 @@ _BY_ROW = """
 
   {report}
   {rescale}
-  {rms}
 #pragma unroll 4
   for (int turn = 0; turn < TURNS; ++turn) {{
     const int column = 4 * (turn * THREADS + worker);
     if (column < HIDDEN) {{
-      const int64_t place = int64_t(row) * HIDDEN + column;
       float value[4];
       if (KEPT) {{
         for (int k = 0; k < 4; ++k) value[k] = kept[turn][k];
@@ -329,8 +324,7 @@ _BY_ROW = """
       }}
       const int count = HIDDEN % 4 && HIDDEN - column < 4 ? HIDDEN - column : 4;
       for (int k = 0; k < 4; ++k) value[k] *= scale;
-      mlx_loop::store4(value, count, out + place);
-      {normed}
+      mlx_loop::store4(value, count, out + int64_t(row) * HIDDEN + column);
     }}
   }}
 """
@@ -351,14 +345,6 @@ _RESCALE = """{norms}
   const float square = sums[SUMS - 1] < 1e-24f ? 1e-24f : sums[SUMS - 1];
   const float at = coefficients[ROWS * STATES];
   const float scale = ((1 - at) * start + at * end) / sqrt(square);"""
-
-_RMS = """const float mean = scale * scale * sums[SUMS - 1] / HIDDEN;
-  const float rms = sqrt(mean + coefficients[ROWS * STATES + 1]);"""
-
-_NORMED = """float weights[4];
-      mlx_loop::load4(weight + column * weight_strides[0], weight_strides[0], count, weights);
-      for (int k = 0; k < 4; ++k) value[k] = value[k] / rms * weights[k];
-      mlx_loop::store4(value, count, normed + place);"""
 
 
 def body(variant: Variant) -> str:
@@ -382,12 +368,10 @@ def body(variant: Variant) -> str:
         **filled,
         measured=variant.measured,
         kept_turns=_KEPT_TURNS,
-        sized=int(variant.rescaled or variant.rms_norm or not variant.measured),
+        sized=int(variant.rescaled or not variant.measured),
         mix=_ANDERSON.format(loads=loads) if mixes else "",
         report=_REPORT if variant.measured else "",
         rescale=_RESCALE.format(norms=norms) if variant.rescaled else "const float scale = 1;",
-        rms=_RMS if variant.rms_norm else "",
-        normed=_NORMED if variant.rms_norm else "",
     )
 
 
@@ -438,11 +422,11 @@ def launch(variant: Variant, backend: str, coefficients: mx.array, *arrays: mx.a
     Args:
         coefficients: float32, one dimension (`Variant.inputs`).
         arrays: the states, (batch, length, hidden) each, any strides; then, where the variant
-            takes them, the norms, (batch, length, 2) float32, and RMSNorm's weight, (hidden,).
+            takes them, the norms, (batch, length, 2) float32.
 
     Returns:
-        The variant's outputs, in order: (batch, length, hidden), (batch, length, measured)
-        float32, (batch, length, hidden).
+        The variant's outputs: (batch, length, hidden) and, where norms are measured,
+        (batch, length, measured) float32.
     """
     states = arrays[: variant.states]
     shape, dtype = states[0].shape, states[-1].dtype
@@ -453,7 +437,6 @@ def launch(variant: Variant, backend: str, coefficients: mx.array, *arrays: mx.a
     kinds = {
         "out": (shape, mx.float32 if variant.wide else dtype),
         "measured": ((*shape[:2], variant.measured), mx.float32),
-        "normed": (shape, dtype),
     }
     shapes, dtypes = zip(*(kinds[name] for name in variant.outputs), strict=True)
     return build(variant, backend)(

@@ -1,9 +1,9 @@
 """One update of an integrator: states in, the next state out, in float32 and in one kernel.
 
 `update` is all of it: a linear combination of states (or Aitken's formula) and, in the same pass
-where they are wanted, norms of other combinations, a rescale of each token, and the RMSNorm of the
-result. On Metal and CUDA that is one launch (`source`); elsewhere, and for derivatives, its
-plain-MLX twin is one compiled graph.
+where they are wanted, norms of other combinations and a rescale of each token. On Metal and CUDA
+that is one launch (`source`); elsewhere, and for derivatives, its plain-MLX twin is one compiled
+graph.
 """
 
 from __future__ import annotations
@@ -45,25 +45,16 @@ class Rescale(NamedTuple):
     norms: mx.array | None = None
 
 
-class RMSNorm(NamedTuple):
-    """RMSNorm of the result, as `mx.fast.rms_norm` has it. `weight`: (hidden,)."""
-
-    weight: mx.array
-    eps: float
-
-
 class Update(NamedTuple):
     """What an update gives; what was not asked for is None.
 
     Attributes:
         out: (batch, length, hidden), the states' dtype: the next state.
         norms: (batch, length, measured) float32: the L2 norms of the measured combinations.
-        normed: (batch, length, hidden), the states' dtype: the RMSNorm of `out`.
     """
 
     out: mx.array
     norms: mx.array | None
-    normed: mx.array | None
 
 
 def combine(
@@ -87,12 +78,12 @@ def combine(
     wide = Variant("linear", MAX_STATES, wide=True)
     if _backend(wide, used[0], use_kernel):
         while len(used) > MAX_STATES:
-            first = _constants((*weights[:MAX_STATES], 0.0, 0.0))
+            first = _constants((*weights[:MAX_STATES], 0.0))
             (subtotal,) = _evaluate(wide, [first, *used[:MAX_STATES]], use_kernel)
             weights = [1.0, *weights[MAX_STATES:]]
             used = [subtotal, *used[MAX_STATES:]]
     variant = Variant("linear", len(used))
-    return _evaluate(variant, [_constants((*weights, 0.0, 0.0)), *used], use_kernel)[0]
+    return _evaluate(variant, [_constants((*weights, 0.0)), *used], use_kernel)[0]
 
 
 def update(
@@ -101,7 +92,6 @@ def update(
     *,
     measure: Sequence[Sequence[float]] = (),
     rescale: Rescale | None = None,
-    rms_norm: RMSNorm | None = None,
     use_kernel: bool | None = None,
 ) -> Update:
     """The next state, with what else is wanted of the same pass over the states, as one launch.
@@ -114,13 +104,11 @@ def update(
         measure: coefficients, one per state, of each combination whose norms are wanted: that of
             the residual is `(-1, 1)` of (x, g(x)).
         rescale: bring each token to a norm.
-        rms_norm: the norm that the next layer begins with.
         use_kernel: False: the plain-MLX twin; None: the kernel where there is a GPU.
     """
     name, first = _named(form)
-    copies = name == "linear" and sorted(first) == [*[0] * (len(first) - 1), 1]
-    if name == "linear" and not measure and rescale is None and (copies or rms_norm is None):
-        return Update(combine(first, states, use_kernel=use_kernel), None, None)
+    if name == "linear" and not measure and rescale is None:
+        return Update(combine(first, states, use_kernel=use_kernel), None)
     rows = [(*first, *[0.0] * (len(states) - len(first))), *measure]
     variant = Variant(
         name,
@@ -128,16 +116,13 @@ def update(
         measured=len(measure),
         rescaled=rescale is not None,
         norms=rescale is not None and rescale.norms is not None,
-        rms_norm=rms_norm is not None,
     )
-    at, eps = rescale.at if rescale else 0.0, rms_norm.eps if rms_norm else 0.0
-    arrays = [_constants((*(float(c) for row in rows for c in row), at, eps)), *states]
+    at = rescale.at if rescale else 0.0
+    arrays = [_constants((*(float(c) for row in rows for c in row), at)), *states]
     if rescale is not None and rescale.norms is not None:
         arrays.append(rescale.norms)
-    if rms_norm is not None:
-        arrays.append(rms_norm.weight)
     found = dict(zip(variant.outputs, _evaluate(variant, arrays, use_kernel), strict=True))
-    return Update(found["out"], found.get("measured"), found.get("normed"))
+    return Update(found["out"], found.get("measured"))
 
 
 def _named(form: Form) -> tuple[str, Sequence[float]]:
@@ -188,7 +173,7 @@ def plain(variant: Variant) -> Function:
             out = _aitken(*y) if variant.form == "aitken" else combination(0)
         measured = [token_norm(combination(row + 1)) for row in range(variant.measured)]
         if variant.rescaled:
-            at = coefficients[-2]
+            at = coefficients[-1]
             if variant.norms:
                 # Not slices, which have no shape in a graph for every shape.
                 share = (1 - at) * mx.array([1.0, 0.0]) + at * mx.array([0.0, 1.0])
@@ -200,12 +185,6 @@ def plain(variant: Variant) -> Function:
         found = [out.astype(dtype)]
         if measured:
             found.append(mx.concatenate(measured, axis=-1))
-        if variant.rms_norm:
-            # As `mx.fast.rms_norm` does on the CPU, so that it is the layer's own to the bit.
-            wide = found[0].astype(mx.float32)
-            mean = mx.mean(mx.square(wide), axis=-1, keepdims=True)
-            normed = wide * mx.rsqrt(mean + coefficients[-1])
-            found.append(extras.pop(0) * normed.astype(dtype))
         return found
 
     return compute
@@ -292,13 +271,12 @@ def _kernel(variant: Variant, backend: str) -> Function:
 
     @call.vmap
     def vmap(inputs: Any, axes: Any) -> Any:
-        last = len(inputs) - variant.rms_norm
-        if any(axis is not None for axis in (axes[0], *axes[last:])):  # other constants for each
+        if axes[0] is not None:  # Other constants for each.
             found: Any = mx.vmap(ours, in_axes=tuple(axes))(*inputs)
         else:
             size = next(x.shape[a] for x, a in zip(inputs, axes, strict=True) if a is not None)
-            mapped = [_leading(x, a, size) for x, a in zip(inputs[1:last], axes[1:], strict=False)]
-            found = call(inputs[0], *mapped, *inputs[last:])
+            mapped = [_leading(x, a, size) for x, a in zip(inputs[1:], axes[1:], strict=True)]
+            found = call(inputs[0], *mapped)
         return list(found), [0] * len(found)
 
     return call
@@ -307,9 +285,7 @@ def _kernel(variant: Variant, backend: str) -> Function:
 def _on_any_rank(
     variant: Variant, backend: str, coefficients: mx.array, *arrays: mx.array
 ) -> list[mx.array]:
-    last = len(arrays) - variant.rms_norm
-    tokens = [_three_axes(x) for x in arrays[:last]]
-    found = launch(variant, backend, coefficients, *tokens, *arrays[last:])
+    found = launch(variant, backend, coefficients, *map(_three_axes, arrays))
     return [x.reshape(*arrays[0].shape[:-1], x.shape[-1]) for x in found]
 
 
