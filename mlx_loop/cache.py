@@ -2,14 +2,15 @@
 
 A loop evaluates a layer several times at the same positions. What a layer sees of earlier
 positions, and what it leaves for later ones, is the key/value policy (`LoopConfig.cache`): one
-small class each. All work on whatever cache object mlx-lm put into the list, hold no reference to
-it between calls, and use array operations only, so decoding never waits for the device.
+small class each. Recurrent state counts as keys and values do. All work on whatever cache object
+mlx-lm put into the list, hold no reference to it between calls, and use array operations only, so
+decoding never waits for the device.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -17,57 +18,37 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import (
     BatchKVCache,
     BatchRotatingKVCache,
+    ChunkedKVCache,
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
     create_causal_mask,
 )
 
-from .config import LoopConfig
-from .errors import UserError
+from .upstream import ROTATING_KEEP, CacheList, one_step_back, position, restore, snapshot
 
-# mlx-lm's own number of leading tokens that its rotating cache keeps.
-ROTATING_KEEP = 4
+IN_PLACE = BatchKVCache | ChunkedKVCache | KVCache | QuantizedKVCache
+ROTATING = BatchRotatingKVCache | RotatingKVCache
 
 
-class CacheList(mlx_lm_cache.CacheList):
-    """mlx-lm's CacheList, one history per evaluation, that `kv_bits` can quantise.
+def leaves(cache: Sequence[Any]) -> Iterator[Any]:
+    """The caches in a model's list of entries that hold arrays themselves."""
+    for entry in cache:
+        if isinstance(entry, mlx_lm_cache.CacheList):
+            yield from leaves(entry.caches)
+        else:
+            yield entry
 
-    Of the same name, because prompt-cache files name classes that mlx-lm looks up by name; what
-    is read back from a file is mlx-lm's own.
+
+def tokens_seen(cache: Sequence[Any]) -> int | None:
+    """How many tokens a model's cache has seen: (in a batch) with the padding, the same for all
+    rows. None: it has recurrent state alone, which does not tell.
     """
-
-    @property
-    def offset(self) -> int:
-        return self.caches[0].offset
-
-    def to_quantized(self, group_size: int = 64, bits: int = 4) -> mlx_lm_cache.CacheList:
-        return mlx_lm_cache.CacheList(
-            *(c.to_quantized(group_size=group_size, bits=bits) for c in self.caches)
-        )
+    return next((p for p in map(position, cache) if p is not None), None)
 
 
-def histories(entry: Any) -> Sequence[Any]:
-    """The histories of one layer: one, or under `own` one per evaluation."""
-    return entry.caches if isinstance(entry, mlx_lm_cache.CacheList) else (entry,)
-
-
-def position(entry: Any) -> int:
-    """How many tokens the entry has seen: (in a batch) with the padding, the same for all rows."""
-    cache = histories(entry)[0]
-    if isinstance(cache, BatchKVCache):
-        return cache._idx
-    return cache._offset if isinstance(cache, BatchRotatingKVCache) else cache.offset
-
-
-def plain_entries(native: list[Any] | int, max_kv_size: int | None) -> list[Any]:
-    """mlx-lm's entries for an un-looped model.
-
-    Args:
-        native: what the model's own hook made, or the number of layers where it has none.
-        max_kv_size: None, or the size of the rotating caches that take the place of full ones.
-    """
-    entries = [KVCache() for _ in range(native)] if isinstance(native, int) else native
+def limited(entries: list[Any], max_kv_size: int | None) -> list[Any]:
+    """Empty entries, those that would grow without end replaced by rotating ones of a size."""
     if max_kv_size is None:
         return entries
     return [
@@ -76,82 +57,71 @@ def plain_entries(native: list[Any] | int, max_kv_size: int | None) -> list[Any]
     ]
 
 
-def own_entries(entries: list[Any], layers: range, count: int) -> list[Any]:
-    """The same empty entries, but `count` histories for each layer of the window."""
-    return [
-        CacheList(*(copy.copy(entry) for _ in range(count))) if i in layers else entry
-        for i, entry in enumerate(entries)
-    ]
+def repeated(entry: Any, count: int) -> mlx_lm_cache.CacheList:
+    """An empty entry as `count` histories, one for each evaluation of a layer."""
+    kind = CacheList if hasattr(entry, "to_quantized") else mlx_lm_cache.CacheList
+    return kind(*(copy.deepcopy(entry) for _ in range(count)))
 
 
-def check(cache: Sequence[Any], loop: LoopConfig | None, count: int) -> None:
-    """Refuse a cache that does not hold `count` histories for each window layer.
+class Bookmark:
+    """A place in a cache to go back to: a length, and what cannot be cut back to one.
 
-    Raises:
-        UserError: it was made for other settings.
+    That is rotating caches and recurrent state, which are small.
     """
-    layers = loop.layers if loop else ()
-    for i, entry in enumerate(cache):
-        needed = count if i in layers else 1
-        found = len(histories(entry))
-        if found != needed:
-            raise UserError(
-                f"this cache was made for other loop settings: layer {i} has {found} "
-                f"{'history' if found == 1 else 'histories'} in it and needs {needed}; make a "
-                "new one with mlx_lm's make_prompt_cache(model)"
-            )
+
+    def __init__(self, cache: Sequence[Any]):
+        self._places = [
+            position(leaf) if isinstance(leaf, IN_PLACE) else snapshot(leaf)
+            for leaf in leaves(cache)
+        ]
+
+    def go_back(self, cache: Sequence[Any]) -> None:
+        """Make `cache` hold what it held here; it has been added to since."""
+        for leaf, place in zip(leaves(cache), self._places, strict=True):
+            if isinstance(place, dict):
+                restore(leaf, place)
+            else:
+                leaf.trim((position(leaf) or 0) - (place or 0))
+
+
+def before(entry: Any, to: int) -> Any:
+    """What a cache that can be trimmed was when it held `to` tokens; nothing may be written."""
+    if isinstance(entry, mlx_lm_cache.CacheList):
+        return mlx_lm_cache.CacheList(*(before(member, to) for member in entry.caches))
+    view = copy.copy(entry)
+    view.offset = to
+    return view
 
 
 def rewind(cache: Sequence[Any], to: int) -> None:
-    """Cut every history that is longer back to `to` tokens."""
-    for entry in cache:
-        for history in histories(entry):
-            if history.offset > to:
-                history.trim(history.offset - to)
+    """Cut every history that is longer back to `to` tokens; all can be trimmed."""
+    for leaf in leaves(cache):
+        if leaf.offset > to:
+            leaf.trim(leaf.offset - to)
 
 
-def rewinder(cache: Any, length: int) -> Callable[[], None]:
-    """Called before `length` tokens are written: how to make the next write replace that one.
-
-    Raises:
-        UserError: a cache class that cannot be rewound.
-    """
-    if isinstance(cache, KVCache | QuantizedKVCache | BatchKVCache):
-        return lambda: _trim(cache, length)
-    if isinstance(cache, RotatingKVCache | BatchRotatingKVCache):
-        # One token is written in place, over the oldest entry when the cache is full; writing it
-        # again takes the same slot. Several are appended to a new copy, so the old one is intact.
-        return _one_step_back(cache) if length == 1 else _snapshot(cache)
-    raise UserError(
-        f"looping does not work with a {type(cache).__name__}: it needs one of mlx-lm's KVCache, "
-        "QuantizedKVCache, RotatingKVCache or their batched kinds; or use cache='own'"
-    )
+# --- One cache during one loop: what is written can be taken back, and written again ---
 
 
-def _trim(cache: Any, length: int) -> None:
-    cache.trim(length)
+class _InPlace:
+    """A cache that is written in place: cut back it is as before, without a copy of it."""
 
+    def __init__(self, cache: Any, length: int):
+        self._cache, self._length = cache, length
+        self.recorder = _Recorder(cache)
 
-def _one_step_back(cache: RotatingKVCache | BatchRotatingKVCache) -> Callable[[], None]:
-    def rewind() -> None:
-        cache.trim(1)
-        if isinstance(cache, BatchRotatingKVCache) and cache.rotated:
-            cache.left_padding = cache.left_padding + 1
+    def take_back(self) -> None:
+        """Undo the last write, if any: a layer may read a cache that another one writes."""
+        if not self.recorder.written:
+            return
+        if isinstance(self._cache, ROTATING):
+            one_step_back(self._cache)
+        else:
+            self._cache.trim(self._length)
 
-    return rewind
-
-
-def _snapshot(cache: RotatingKVCache | BatchRotatingKVCache) -> Callable[[], None]:
-    # The copy keeps later in-place updates of the small arrays out; the big ones are replaced.
-    before = dict(vars(cache))
-    for name in ("offset", "left_padding"):
-        if isinstance(before.get(name), mx.array):
-            before[name] = mx.array(before[name])
-
-    def rewind() -> None:
-        vars(cache).update(before)
-
-    return rewind
+    def write_natural(self) -> None:
+        if self.recorder.written:
+            self._cache.update_and_fetch(*self.recorder.written)
 
 
 class _Recorder:
@@ -169,71 +139,100 @@ class _Recorder:
         return getattr(self._cache, name)
 
 
-class Uncached:
-    """No cache: every pass attends among the tokens of the call."""
+class _Replaced:
+    """A cache whose arrays are replaced by a write: before and after are two sets of references."""
 
-    def view(self, evaluation: int) -> None:
-        return None
+    def __init__(self, cache: Any):
+        self.recorder = cache
+        self._before = snapshot(cache)
+        self._natural: dict[str, Any] = {}
 
-    def close(self) -> None:
-        pass
+    def take_back(self) -> None:
+        if not self._natural:
+            self._natural = snapshot(self.recorder)
+        restore(self.recorder, self._before)
+
+    def write_natural(self) -> None:
+        restore(self.recorder, self._natural)
+
+
+class _Members:
+    """A list of caches as one."""
+
+    def __init__(self, members: list[Any]):
+        self._members = members
+        self.recorder = tuple(member.recorder for member in members)
+
+    def take_back(self) -> None:
+        for member in self._members:
+            member.take_back()
+
+    def write_natural(self) -> None:
+        for member in self._members:
+            member.write_natural()
+
+
+def _written(cache: Any, length: int) -> _InPlace | _Replaced | _Members:
+    """A cache to which `length` tokens are about to be written, more than once."""
+    if isinstance(cache, mlx_lm_cache.CacheList):
+        return _Members([_written(member, length) for member in cache.caches])
+    # Several tokens are appended to a new copy of a rotating cache, a single one is not.
+    if isinstance(cache, IN_PLACE) or (isinstance(cache, ROTATING) and length == 1):
+        return _InPlace(cache, length)
+    return _Replaced(cache)
+
+
+# --- The policies ---
 
 
 class First:
     """Keeps what the natural pass, evaluation 0, wrote. It needs no extra pass."""
 
+    histories = 1
+
     def __init__(self, entry: Any, length: int):
         self._entry = entry
-        self._rewind = rewinder(entry, length)
-        self._natural = _Recorder(entry)
-        self._overwritten = False
+        self._written = _written(entry, length)
+        self._evaluation = 0
 
     def view(self, evaluation: int) -> Any:
-        """The cache that evaluation number `evaluation` of the layer reads and writes."""
+        """What evaluation number `evaluation` of the layers gets as its cache."""
         if evaluation == 0:
-            return self._natural
-        self._rewind()
-        self._overwritten = True
+            return self._written.recorder
+        if evaluation != self._evaluation:
+            self._written.take_back()
+            self._evaluation = evaluation
         return self._entry
 
     def close(self) -> None:
         """Called after the last evaluation."""
-        if self._overwritten:
-            self._rewind()
-            self._entry.update_and_fetch(*self._natural.written)
+        if self._evaluation:
+            self._written.take_back()
+            self._written.write_natural()
 
 
-class Last:
+class Last(First):
     """Keeps what the last evaluation wrote: a pass from the looped state, made for that."""
-
-    def __init__(self, entry: Any, length: int):
-        self._entry = entry
-        self._rewind = rewinder(entry, length)
-
-    def view(self, evaluation: int) -> Any:
-        if evaluation:
-            self._rewind()
-        return self._entry
 
     def close(self) -> None:
         pass
 
 
 class Own:
-    """Evaluation k has history k. A token that did not loop has its natural entry in each."""
+    """Evaluation k has history k."""
 
-    def __init__(self, entry: Any, length: int):
-        self._caches = histories(entry)
-        self._natural = _Recorder(self._caches[0])
-        self._evaluations = 0
+    def __init__(self, histories: Sequence[Any]):
+        self._histories, self.histories = histories, len(histories)
 
     def view(self, evaluation: int) -> Any:
-        self._evaluations += 1
-        return self._caches[evaluation] if evaluation else self._natural
+        history = self._histories[evaluation]
+        if evaluation and isinstance(history, ChunkedKVCache):
+            # As the model itself does before its layers, for the first history.
+            history.maybe_trim_front()
+        return history
 
     def close(self) -> None:
-        for cache in self._caches[self._evaluations :]:
-            cache.update_and_fetch(*self._natural.written)
+        pass
 
 
 class FirstSideBySide:
@@ -243,6 +242,8 @@ class FirstSideBySide:
     what that evaluation writes. So what is kept stays where it is, a later evaluation writes
     behind it, and the mask `side_by_side` shows every token its own. No copy of the history.
     """
+
+    histories = 1
 
     def __init__(self, entry: Any, length: int):
         self._entry, self._length = entry, length
@@ -285,20 +286,3 @@ def side_by_side(mask: Any, past: int, length: int) -> mx.array:
     itself = mx.eye(length, dtype=mx.bool_)
     earlier = mask & ~mx.pad(itself, [(0, 0), (past, 0)])
     return mx.concatenate([earlier, itself], axis=-1)
-
-
-_POLICIES: dict[str, type[First] | type[Last] | type[Own]] = {
-    "first": First,
-    "last": Last,
-    "own": Own,
-}
-
-
-def policy(name: str, entry: Any, length: int) -> Uncached | First | Last | Own:
-    """The policy `name` for one layer and one call.
-
-    Args:
-        entry: the layer's cache entry, or None.
-        length: tokens that every evaluation of the call writes.
-    """
-    return Uncached() if entry is None else _POLICIES[name](entry, length)

@@ -12,7 +12,7 @@ from mlx_lm.utils import compute_bits_per_weight
 
 from . import __version__
 from .errors import UserError
-from .loop import Looped
+from .looped import Looped
 
 FILE = "README.md"
 
@@ -94,14 +94,14 @@ def upload(folder: Path, repo: str) -> str:
 
 def base_model(model: Looped) -> str | None:
     """The repository that a model came from, where its folder is one of the hub's cache."""
-    for part in model.path.parts if model.path else ():
+    for part in model.checkpoint.path.parts if model.checkpoint else ():
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/", 1)
     return None
 
 
 def _license(model: Looped) -> str | None:
-    card = model.path / FILE if model.path else None
+    card = model.checkpoint.path / FILE if model.checkpoint else None
     if card is None or not card.exists():
         return None
     try:

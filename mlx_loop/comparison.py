@@ -1,15 +1,14 @@
 """Several loop settings at once on one set of weights: what they share is computed once.
 
 Settings are views of one model (`with_loop`). Below its window a looped model is the plain one, so
-a pass for all views walks the plain layers once and each view leaves at its own window. Decoding
-takes turns, one token each, with the next token of every view in flight meanwhile.
+a pass for all views walks the plain layers once (`together`). Decoding takes turns, one token each,
+with the next token of every view in flight meanwhile.
 
 Nothing here knows of screens: `compare` is a generator of the answers so far.
 """
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +17,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
-from mlx_lm.models.cache import RotatingKVCache, trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .cache import histories, position
+from .cache import Bookmark
 from .config import LoopConfig
 from .generation import check_prompt, stream_generate
-from .loop import Looped, forward, part, share
+from .looped import Looped
 from .speculative import NUM_DRAFT_TOKENS, Drafter, check
+from .together import states
 
 # Tokens of which the logits of two settings are compared at a time: it bounds the memory.
 CHUNK = 64
@@ -169,8 +168,7 @@ def compare(
     answers = [Answer(view) for view in views]
     with wired_limit(views[0], [generation_stream]):  # type: ignore[list-item]
         _prefill(views, caches, prompt, prefill_step_size, progress or (lambda done, total: None))
-        # A rotating cache cannot be cut back once it is full, but it is small.
-        kept = [copy.deepcopy(cache) if _rotates(cache) else None for cache in caches]
+        bookmarks = [Bookmark(cache) for cache in caches]
         streams = [
             stream_generate(
                 view,
@@ -191,8 +189,8 @@ def compare(
             for stream, view, answer in zip(streams, views, answers, strict=True):
                 stream.close()
                 answer.firings = view.take_firings()
-        before = len(prompt) - 1
-        caches = [_cut(cache, old, before) for cache, old in zip(caches, kept, strict=True)]
+        for bookmark, cache in zip(bookmarks, caches, strict=True):
+            bookmark.go_back(cache)
         _measure(views, caches, [prompt[-1], *answers[0].tokens[:-1]], answers)
         yield answers
 
@@ -205,17 +203,15 @@ def _prefill(
     progress: Callable[[int, int], None],
 ) -> None:
     """All of the prompt but its last token, in mlx-lm's own chunks."""
-    share(views, caches)
     progress(0, len(prompt))
     for start in range(0, len(prompt) - 1, step):
         chunk = prompt[start : min(start + step, len(prompt) - 1)]
         with mx.stream(generation_stream):
-            forward(views, mx.array(list(chunk))[None], caches)
+            states(views, mx.array(list(chunk))[None], caches)
             mx.eval([entry.state for cache in caches for entry in cache])
             mx.clear_cache()
         progress(start + len(chunk), len(prompt))
     progress(len(prompt), len(prompt))
-    part(views, caches)
 
 
 def _take_turns(
@@ -292,15 +288,3 @@ def kl(p: mx.array, q: mx.array) -> mx.array:
 
 def _log_softmax(x: mx.array) -> mx.array:
     return x - mx.logsumexp(x, axis=-1, keepdims=True)
-
-
-def _rotates(cache: Sequence[Any]) -> bool:
-    return any(isinstance(c, RotatingKVCache) for entry in cache for c in histories(entry))
-
-
-def _cut(cache: list[Any], kept: list[Any] | None, length: int) -> list[Any]:
-    """The cache as it was when it held `length` tokens."""
-    if kept is not None:
-        return kept
-    trim_prompt_cache(cache, position(cache[0]) - length)
-    return cache

@@ -15,11 +15,11 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import common_prefix_len
 
-from .cache import position
+from .cache import Bookmark, tokens_seen
 from .config import LoopConfig
 from .errors import UserError
 from .generation import make_prompt_cache, stream_generate
-from .loop import Looped
+from .looped import Looped
 
 
 class Interrupted(Exception):
@@ -45,6 +45,8 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
     _cache: list[Any] | None = None
     _tokens: list[int] = field(default_factory=list)
+    # The last prompt but its last token, and the cache as it was then.
+    _bookmark: tuple[list[int], Bookmark] | None = None
 
     def __post_init__(self) -> None:
         if not self.tokenizer.has_chat_template:
@@ -102,7 +104,7 @@ class Conversation:
                 prompt_cache=cache,
                 max_kv_size=self.max_kv_size,
                 context=prompt[: -len(rest)],
-                prompt_progress_callback=progress,
+                prompt_progress_callback=self._marking(prompt, cache, progress),
                 **generation,
             )
             # Closed before the cache is looked at, because closing may cut it.
@@ -117,8 +119,9 @@ class Conversation:
             whole = True
             raise
         finally:
-            if whole:
-                self._tokens = (prompt + generated)[: position(cache[0])]
+            if whole and (generated or tokens_seen(cache) is not None):
+                # A cache that does not count its tokens has seen all that were given out.
+                self._tokens = (prompt + generated)[: tokens_seen(cache)]
             else:
                 # Something broke in the middle of a pass: layers may disagree.
                 self._forget()
@@ -140,11 +143,34 @@ class Conversation:
         """The cache cut back to what it has in common with `prompt`, and the rest of that."""
         common = min(common_prefix_len(self._tokens, prompt), len(prompt) - 1)
         surplus = len(self._tokens) - common
-        if self._cache is None or (surplus and not can_trim_prompt_cache(self._cache)):
+        if self._cache is not None and surplus:
+            if can_trim_prompt_cache(self._cache):
+                trim_prompt_cache(self._cache, surplus)
+            elif self._bookmark is not None and len(self._bookmark[0]) <= common:
+                tokens, bookmark = self._bookmark
+                bookmark.go_back(self._cache)
+                common = len(tokens)
+            else:
+                self._cache = None
+        if self._cache is None:
             self._cache, common = make_prompt_cache(self.model, self.max_kv_size), 0
-        elif surplus:
-            trim_prompt_cache(self._cache, surplus)
         return self._cache, prompt[common:]
 
+    def _marking(
+        self, prompt: list[int], cache: list[Any], progress: Callable[[int, int], None] | None
+    ) -> Callable[[int, int], None]:
+        """`progress`, which also keeps the cache as it is before the last prompt token.
+
+        Sliding windows and recurrent state cannot be cut back to what the next prompt shares.
+        """
+
+        def called(done: int, total: int) -> None:
+            if done == total - 1:
+                self._bookmark = prompt[:-1], Bookmark(cache)
+            if progress is not None:
+                progress(done, total)
+
+        return called
+
     def _forget(self) -> None:
-        self._cache, self._tokens = None, []
+        self._cache, self._tokens, self._bookmark = None, [], None

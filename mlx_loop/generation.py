@@ -15,10 +15,10 @@ from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
 from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .cache import ROTATING_KEEP, histories, position
+from .cache import leaves, tokens_seen
 from .errors import UserError
-from .loop import Looped
-from .memory import head_sizes, prefill_step
+from .looped import Looped
+from .memory import head_sizes, prefill_step, reads_quantised_cache
 from .sampling import Sampler
 from .speculative import (
     Drafter,
@@ -27,6 +27,7 @@ from .speculative import (
     SelfDraft,
     speculative_generate_step,
 )
+from .upstream import ROTATING_KEEP
 
 Prompt = str | Sequence[int] | mx.array
 
@@ -130,7 +131,7 @@ def _check_draft(
     for name in ("logits_processors", "input_embeddings"):
         if kwargs.get(name) is not None:
             raise UserError(f"{name} do not work with a draft: leave one of them out")
-    if isinstance(drafter, ModelDraft) and position(cache[0]) != len(context):
+    if isinstance(drafter, ModelDraft) and tokens_seen(cache) != len(context):
         raise UserError("a draft model has to read what is in prompt_cache: pass it as context")
 
 
@@ -207,13 +208,13 @@ def check_prompt(
         )
     if kv_bits is None:
         return
-    if not model.quantised_cache:
-        raise UserError(f"--kv-bits (kv_bits) does not work with {model.model_type}: leave it out")
-    if any(isinstance(c, RotatingKVCache) for entry in cache for c in histories(entry)):
+    if any(isinstance(leaf, RotatingKVCache) for leaf in leaves(cache)):
         raise UserError(
             "--kv-bits (kv_bits) does not work with a rotating cache, which --max-kv-size and "
             "sliding-window layers need: leave one of them out"
         )
+    if not reads_quantised_cache(model):
+        raise UserError(f"--kv-bits (kv_bits) does not work with {model.model_type}: leave it out")
     wrong = [size for size in head_sizes(model) if size % kv_group_size]
     if wrong:
         raise UserError(

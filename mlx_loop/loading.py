@@ -6,8 +6,8 @@ import json
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import mlx.core as mx
@@ -19,7 +19,7 @@ from . import checkpoint, memory, sensitivity
 from .card import base_model
 from .config import LoopConfig
 from .errors import UserError
-from .loop import Looped
+from .looped import Checkpoint, Looped
 from .models import get_classes
 from .quantise import (
     Params,
@@ -31,6 +31,7 @@ from .quantise import (
     pieces,
     section,
 )
+from .upstream import EXPERTS, download
 
 # Checkpoints inside the package, by the names under which `load` knows them.
 _DEMO = Path(__file__).parent / "demo"
@@ -165,7 +166,7 @@ def open_checkpoint(path: Path, loop: LoopArgument = "saved") -> Looped:
     with _one_line(path):
         loaded, config = mlx_lm_utils.load_model(path, lazy=True, get_model_classes=get_classes)
     model = cast(Looped, loaded)
-    model.path, model.config = path, MappingProxyType(config)
+    model.checkpoint = Checkpoint(path, config)
     model.loop = saved_loop(model) if loop == "saved" else loop
     return model
 
@@ -185,26 +186,29 @@ def quantization_for(
     Raises:
         UserError: the model is quantised already, or the recipe does not fit it.
     """
-    assert model.path is not None
+    checkpoint = model.checkpoint
+    assert checkpoint is not None
     if is_quantised(model):
-        raise UserError(f"{model.path} is quantised already: give the checkpoint in full precision")
+        raise UserError(
+            f"{checkpoint.path} is quantised already: give the checkpoint in full precision"
+        )
     widths = None
     if quantization.recipe == "budget":
         if calibration is None:
             raise UserError("the recipe budget needs a tokenizer: use mlx_loop.load")
-        base, full = (open_checkpoint(model.path, model.loop) for _ in range(2))
+        base, full = (open_checkpoint(checkpoint.path, model.loop) for _ in range(2))
         widths = sensitivity.budget(base, full, quantization, calibration, progress)
     chosen = choose(model, quantization, widths)
     written = section(quantization, chosen)
-    model.config = MappingProxyType(
-        {**model.config, "quantization": written, "quantization_config": written}
-    )
+    config = {**checkpoint.config, "quantization": written, "quantization_config": written}
+    model.checkpoint = replace(checkpoint, config=config)
     return chosen
 
 
 def needs_float32(model: Looped) -> bool:
     """MLX gathers experts on the CPU in float32 only."""
-    return model.moe is not None and mx.default_device() == mx.cpu
+    has_experts = any(isinstance(module, EXPERTS) for module in model.modules())
+    return has_experts and mx.default_device() == mx.cpu
 
 
 @contextmanager
@@ -223,11 +227,13 @@ def saved_loop(model: Looped) -> LoopConfig | None:
     Raises:
         UserError: what is stored is not valid.
     """
-    saved = model.config.get("loop", {})
+    assert model.checkpoint is not None
+    saved = model.checkpoint.config.get("loop", {})
     try:
         return None if saved is None else LoopConfig.from_dict(saved)
     except UserError as error:
-        raise UserError(f"the loop section of {model.path}/config.json: {error}") from error
+        file = model.checkpoint.path / "config.json"
+        raise UserError(f"the loop section of {file}: {error}") from error
 
 
 def find(path_or_hf_repo: str | Path | None, revision: str | None = None) -> Path:
@@ -246,7 +252,7 @@ def find(path_or_hf_repo: str | Path | None, revision: str | None = None) -> Pat
             f"Qwen/Qwen3-4B-Instruct-2507, or {', '.join(DEMOS)}"
         )
     try:
-        return mlx_lm_utils._download(name, revision=revision)
+        return download(name, revision=revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"no folder {name} here, and it cannot be had from the Hugging Face hub "

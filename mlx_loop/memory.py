@@ -10,18 +10,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 from mlx_lm.utils import get_total_parameters
 
-from .cache import histories
+from .anatomy import find, with_layers
+from .cache import leaves
 from .errors import UserError
-from .loop import Looped, layer_passes
+from .loop import layer_passes
+from .looped import Looped
 from .quantise import Params, layer_of, matrices, parameters, quantised_bytes
-from .routing import has_experts
+from .routing import watched
+from .upstream import EXPERTS
 
 GIB = 1 << 30
 # Sizes of a head for which MLX's attention kernel for Apple GPUs is fused.
@@ -63,17 +67,31 @@ def bits_per_weight(model: nn.Module, chosen: Mapping[str, Params] | None = None
 
 @dataclass(frozen=True)
 class History:
-    """Keys and values that one evaluation of one layer keeps.
+    """What one evaluation of one layer keeps: keys and values, or recurrent state.
 
     Args:
         values: numbers per token, of keys and values together.
         itemsize: bytes of a number.
         limit: the most tokens it keeps; None: all.
+        state: bytes of recurrent state, whatever the number of tokens.
+        head: numbers of a key and of a value.
     """
 
-    values: int
-    itemsize: int
-    limit: int | None
+    values: int = 0
+    itemsize: int = 0
+    limit: int | None = None
+    state: int = 0
+    head: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, cache: Any) -> History:
+        """Of a cache to which a token was fed."""
+        keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
+        if keys is None or values is None:
+            return cls(state=cache.nbytes)
+        numbers = keys.shape[1] * keys.shape[3] + values.shape[1] * values.shape[3]
+        limit = cache.max_size if isinstance(cache, RotatingKVCache) else None
+        return cls(numbers, keys.dtype.size, limit, head=(keys.shape[3], values.shape[3]))
 
     def nbytes(self, tokens: int, kv_bits: int | None = None, kv_group_size: int = 64) -> int:
         """Bytes that mlx-lm's cache allocates for so many tokens."""
@@ -82,9 +100,52 @@ class History:
         else:
             kept = -(-tokens // CACHE_STEP) * CACHE_STEP
         if kv_bits is None or self.limit is not None:
-            return kept * self.values * self.itemsize
+            return self.state + kept * self.values * self.itemsize
         scales = 2 * self.itemsize * self.values // kv_group_size
-        return kept * (self.values * kv_bits // 8 + scales)
+        return self.state + kept * (self.values * kv_bits // 8 + scales)
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """The experts of a layer.
+
+    Args:
+        path: of the module that holds them.
+        used, number: for a token, and in all.
+        width: numbers of one expert's intermediate array.
+    """
+
+    path: str
+    used: int
+    number: int
+    width: int
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What feeding a token shows; nothing is evaluated."""
+
+    histories: list[History]
+    experts: list[_Experts]
+
+    @classmethod
+    def of(cls, model: Looped) -> _Survey:
+        """Under the model's loop settings."""
+        used: dict[str, int] = {}
+        # A view of its own: what its guard does is not the model's.
+        view = model.with_loop(model.loop)
+        places = find(view, lambda module: isinstance(module, EXPERTS))
+        for path, module in places.items():
+            places[path] = watched(module, partial(_note, used, ".".join(map(str, path))))
+        cache = view.new_cache()
+        seen = with_layers(view, places).for_prompt(cache, 1)
+        seen(mx.zeros((1, 1), mx.int32), cache=cache)
+        modules = dict(model.named_modules())
+        experts = []
+        for name, count in used.items():
+            up: Any = modules[name].get("up_proj") or modules[name]["fc1"]
+            experts.append(_Experts(name, count, up.num_experts, up.output_dims))
+        return cls([History.of(leaf) for leaf in leaves(cache)], experts)
 
 
 class Footprint:
@@ -108,18 +169,15 @@ class Footprint:
         self._model, self.chosen = model, chosen or {}
         self.weights = weights_bytes(model, chosen)
         self.bits_per_weight = bits_per_weight(model, chosen)
-        self.layers = _layer_histories(model)
-        self._shape = _Shape.of(model, self.layers)
+        self._survey = _Survey.of(model)
+        self._shape = _Shape.of(model, self._survey)
         gpu = mx.default_device() == mx.gpu if fused is None else fused
         self._fused = gpu and self._shape.head in FUSED_HEADS
 
     def cache(self, tokens: int, kv_bits: int | None = None, kv_group_size: int = 64) -> int:
         """Bytes of the cache after so many tokens."""
-        return sum(
-            history.nbytes(tokens, kv_bits, kv_group_size)
-            for layer in self.layers
-            for history in layer
-        )
+        histories = self._survey.histories
+        return sum(history.nbytes(tokens, kv_bits, kv_group_size) for history in histories)
 
     def activations(self, step: int, context: int, kv_bits: int | None = None) -> int:
         """Bytes of intermediate arrays at once, while a prompt is processed.
@@ -173,7 +231,7 @@ class Footprint:
 
     def longest(self, limit: int, kv_bits: int | None = None) -> int:
         """The longest context whose peak is at most `limit` bytes; 0: not even the shortest."""
-        low, high = 0, int(self._model.config.get("max_position_embeddings", 1 << 20)) // CACHE_STEP
+        low, high = 0, (_number(self._model, "max_position_embeddings") or 1 << 20) // CACHE_STEP
         while low < high:
             middle = (low + high + 1) // 2
             if self.peak(middle * CACHE_STEP, kv_bits=kv_bits) <= limit:
@@ -187,19 +245,19 @@ class Footprint:
 
         Of experts only those that a token uses, and looped layers once per loop.
         """
-        layers = [0.0] * len(self.layers)
-        rest = 0.0
         model = self._model
-        modules = matrices(model)
+        layers = [0.0] * len(model.layers)
+        rest = 0.0
+        modules, number = matrices(model), layer_of(model)
         for name, array in parameters(model).items():
             path = name.rpartition(".")[0]
             size: float = array.nbytes
             if name.endswith(".weight") and path in self.chosen:
                 weight = modules[path].weight
                 size = quantised_bytes(weight.shape, weight.dtype.size, self.chosen[path])
-            layer = layer_of(path)
+            layer = number(path)
             if layer is not None:
-                layers[layer] += size * _share_used(model, layer, path)
+                layers[layer] += size * self._share_used(path)
             elif "embed_tokens" not in path or "lm_head" not in model:
                 rest += size
         loop = None if model.loop is None or model.loop.decode == "bypass" else model.loop
@@ -207,6 +265,13 @@ class Footprint:
         window = [layers[i] for i in loop.layers] if loop else [0.0]
         extra = (passes - len(layers)) * sum(window) / len(window)
         return int(rest + sum(layers) + extra) + self.cache(context)
+
+    def _share_used(self, path: str) -> float:
+        """The share of a module that one token reads: of experts, those chosen for it."""
+        for experts in self._survey.experts:
+            if path.startswith(experts.path + "."):
+                return experts.used / experts.number
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -231,64 +296,64 @@ class _Shape:
     latent: bool
 
     @classmethod
-    def of(cls, model: Looped, layers: list[list[History]]) -> _Shape:
-        args: Any = model.args
-        hidden, heads = args.hidden_size, args.num_attention_heads
-        head = max(head_sizes(model))
-        mlp = 0
-        for layer in model.layers:
-            if model.moe is not None and has_experts(layer, model.moe):
-                experts = layer[model.moe.attribute][model.moe.experts]
-                width = args.num_experts_per_tok * 2 * (hidden + experts.up_proj.output_dims)
-            else:
-                width = 4 * hidden + 2 * args.intermediate_size
-            mlp = max(mlp, width)
-        history = layers[0][0]
-        compressed = "embed_q" in model.layers[0]["self_attn"]
+    def of(cls, model: Looped, survey: _Survey) -> _Shape:
+        hidden = _number(model, "hidden_size", "d_model", "n_embd", "model_dim", "hidden_dim")
+        heads = _number(model, "num_attention_heads", "n_heads", "n_head", "num_heads")
+        history = max(survey.histories, key=lambda history: history.values)
+        rotated = _number(model, "qk_rope_head_dim")
+        head = max(history.head, default=0)
+        if rotated:
+            head = _number(model, "qk_nope_head_dim") + rotated
+        wide = _number(model, "intermediate_size", "ffn_hidden_size", "n_inner") or 4 * hidden
+        mixed = [2 * e.used * (hidden + e.width) for e in survey.experts]
+        dense = [4 * hidden + 2 * wide] if len(mixed) < len(model.layers) else []
+        compressed = any(name.endswith("embed_q") for name, _ in model.named_modules())
         return cls(
             hidden,
             heads * head,
             history.values,
-            mlp,
+            max(mixed + dense),
             heads,
             head,
-            history.itemsize,
+            history.itemsize or 2,
             compressed,
         )
 
 
+def _note(used: dict[str, int], name: str, chosen: mx.array) -> None:
+    used[name] = chosen.shape[-1]
+
+
+def _number(model: Looped, *names: str) -> int:
+    """An argument of the model's, or its text model's, by one of its names; 0: it has none."""
+    args: Any = getattr(model, "args", None)
+    inner = getattr(args, "text_config", None)
+    for values in (vars(args), inner if isinstance(inner, dict) else vars(inner) if inner else {}):
+        found = next((values[name] for name in names if isinstance(values.get(name), int)), None)
+        if found is not None:
+            return int(found)
+    return 0
+
+
+def reads_quantised_cache(model: Looped) -> bool:
+    """Whether mlx-lm's model has keys and values that `kv_bits` quantises, and reads them then."""
+    cache = model.with_loop(None).new_cache()
+    if not any(type(entry) is KVCache for entry in cache) or CacheList in map(type, cache):
+        return False
+    for i, entry in enumerate(cache):
+        if type(entry) is KVCache:
+            cache[i] = QuantizedKVCache(group_size=32)
+    try:
+        for length in (2, 1):
+            model.with_loop(None)(mx.zeros((1, length), mx.int32), cache=cache)
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return True
+
+
 def head_sizes(model: Looped) -> set[int]:
-    """Numbers in a query (and key) and in a value."""
-    args: Any = model.args
-    if hasattr(args, "qk_nope_head_dim"):
-        return {args.qk_nope_head_dim + args.qk_rope_head_dim, args.v_head_dim}
-    return {getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads}
-
-
-def _layer_histories(model: Looped) -> list[list[History]]:
-    """What each layer keeps: a token is fed, but nothing is evaluated."""
-    cache = model.new_cache()
-    model.for_prompt(cache, 1)(mx.zeros((1, 1), mx.int32), cache=cache)
-    return [[_history(c) for c in histories(entry)] for entry in cache]
-
-
-def _history(cache: Any) -> History:
-    keys, values = cache.keys, cache.values
-    numbers = keys.shape[1] * keys.shape[3] + values.shape[1] * values.shape[3]
-    limit = cache.max_size if isinstance(cache, RotatingKVCache) else None
-    return History(numbers, keys.dtype.size, limit)
-
-
-def _share_used(model: Looped, layer: int, path: str) -> float:
-    """The share of a module that one token reads: of experts, those chosen for it."""
-    moe = model.moe
-    if moe is None or not path.split(f"layers.{layer}.")[1].startswith(
-        f"{moe.attribute}.{moe.experts}."
-    ):
-        return 1.0
-    experts = model.layers[layer][moe.attribute][moe.experts]
-    args: Any = model.args
-    return args.num_experts_per_tok / experts.up_proj.num_experts
+    """Numbers in a cached key and in a value."""
+    return {size for history in _Survey.of(model).histories for size in history.head}
 
 
 def usable(ram: int) -> int:
@@ -317,7 +382,7 @@ def check(model: Looped, name: str) -> None:
         UserError: with what would help.
     """
     footprint, most = Footprint(model), limit()
-    context = min(LEAST_CONTEXT, model.config.get("max_position_embeddings", LEAST_CONTEXT))
+    context = min(LEAST_CONTEXT, _number(model, "max_position_embeddings") or LEAST_CONTEXT)
     needed = footprint.peak(context, QUANTISED_PREFILL_STEP)
     if needed <= most:
         return

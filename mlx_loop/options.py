@@ -17,7 +17,7 @@ from .presets import RECIPES
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from .loop import Looped
+    from .looped import Looped
     from .sampling import Sampler
 
 

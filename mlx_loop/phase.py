@@ -1,52 +1,52 @@
 """Where the prompt ends in a cache: what `LoopConfig.decode` needs to know.
 
-mlx-lm feeds the last prompt token alone, and that token decides the answer, so "one token with a
-past" may still be prompt. Whoever knows says so: `Looped.begin_decode`, `Looped.for_prompt`. If
-nobody does, the first single token after a prompt is its last one, and a second is refused: it
-may be either, and a guess would silently loop, or not loop, the wrong tokens.
+mlx-lm feeds the last prompt token alone, and that token decides the answer, so a single token may
+still be prompt. Whoever knows says so: `Looped.begin_decode`, `Looped.for_prompt`. Until then
+whatever is fed belongs to the prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from .cache import position
-from .errors import UserError
+from .upstream import mark, marked
 
 
 @dataclass
 class _Phase:
-    """What is known of a cache. It rides on the first layer's entry, so it dies with it."""
+    """What is known of a cache.
+
+    Args:
+        prompt_end: the position from which on tokens are generated; None: nobody said.
+        singles: single tokens in a row of which nobody said anything.
+    """
 
     prompt_end: int | None = None
-    single_seen: bool = False
+    singles: int = 0
 
 
-def announce(cache: Sequence[Any], prompt_end: int) -> None:
+def announce(cache: list[Any], prompt_end: int) -> None:
     """Record that the tokens from position `prompt_end` on are generated."""
-    cache[0].loop_phase = _Phase(prompt_end)
+    mark(cache, _Phase(prompt_end))
 
 
-def prompt_end(cache: Sequence[Any], length: int) -> int:
-    """The position from which on tokens are generated, as far as the next `length` tell.
+def prompt_end(cache: list[Any], length: int) -> int | None:
+    """The position from which on tokens are generated, if the next `length` may be among them.
 
-    Raises:
-        UserError: a single token that may be prompt or generated.
+    A second single token of which nobody said anything is most likely a generated one, so that
+    is warned of.
     """
-    start = position(cache[0])
-    phase = getattr(cache[0], "loop_phase", None)
+    phase = marked(cache)
     if phase is None or length > 1:
-        phase = cache[0].loop_phase = _Phase()
-    if phase.prompt_end is not None:
-        return phase.prompt_end
-    if length == 1 and start:
-        if phase.single_seen:
-            raise UserError(
-                "cannot tell whether this token belongs to the prompt or was generated, and "
-                "decode='bypass' or a number needs to know: call model.begin_decode(cache) after "
-                "the prompt, generate with mlx_loop.generate, or set decode='full'"
+        mark(cache, phase := _Phase())
+    if phase.prompt_end is None and length == 1:
+        phase.singles += 1
+        if phase.singles == 2:
+            warnings.warn(
+                "every token loops, whatever decode is set to, until model.begin_decode(cache) "
+                "says that the prompt is complete; mlx_loop.generate says it itself",
+                stacklevel=4,
             )
-        phase.single_seen = True
-    return start + length
+    return phase.prompt_end

@@ -1,4 +1,4 @@
-"""Defaults of a model's family and size, and the completion of partial settings with them."""
+"""Defaults of a model's kind and size, and the completion of partial settings with them."""
 
 from __future__ import annotations
 
@@ -42,11 +42,10 @@ RECIPES = {
     ),
 }
 
-FAMILY_PRESETS = {
-    "dense": {"scope": "block", "routing": "live"},
-    "moe": {"scope": "layer", "routing": "frozen"},
-    "mla_moe": {"scope": "layer", "routing": "frozen"},
-}
+# A mixture of experts chooses others in each pass, so that the map changes under a loop; every
+# layer has its own choice to keep.
+MIXTURE_PRESET = {"scope": "layer", "routing": "frozen"}
+DENSE_PRESET = {"scope": "block", "routing": "live"}
 
 
 def default_window(num_layers: int) -> tuple[int, int]:
@@ -59,13 +58,15 @@ def default_window(num_layers: int) -> tuple[int, int]:
     return start, start + width
 
 
-def resolve(config: LoopConfig, model_type: str, family: str, num_layers: int) -> LoopConfig:
+def resolve(
+    config: LoopConfig, model_type: str, num_layers: int, mixes_experts: bool = False
+) -> LoopConfig:
     """`config` with every field filled in that its integrator reads, and the others `None`.
 
     Args:
         model_type: as in the checkpoint's config.json.
-        family: a key of `FAMILY_PRESETS`.
         num_layers: of the whole model.
+        mixes_experts: whether layers choose among experts.
 
     Raises:
         UserError: the window does not fit the model, or fields do not fit each other.
@@ -79,7 +80,7 @@ def resolve(config: LoopConfig, model_type: str, family: str, num_layers: int) -
         "norm": "free",
         "cache": "first",
         "decode": "full",
-        **FAMILY_PRESETS[family],
+        **(MIXTURE_PRESET if mixes_experts else DENSE_PRESET),
         **_integrator_defaults(integrator, loops),
     }
     changes = {name: value for name, value in defaults.items() if getattr(config, name) is None}

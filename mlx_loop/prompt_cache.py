@@ -14,7 +14,7 @@ from mlx_lm.models.cache import save_prompt_cache as mlx_lm_save
 from .config import LoopConfig
 from .errors import UserError
 from .files import whole_file
-from .loop import Looped
+from .looped import Looped
 
 # Where the file's metadata says what it was made with.
 _KEY = "mlx_loop"
@@ -78,5 +78,6 @@ def _difference(made_with: Mapping[str, Any] | None, loop: LoopConfig | None) ->
 
 
 def _fingerprint(model: Looped) -> str:
-    config = {k: v for k, v in model.config.items() if k != "loop"}
+    config = {} if model.checkpoint is None else dict(model.checkpoint.config)
+    config.pop("loop", None)
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]

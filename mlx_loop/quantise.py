@@ -6,8 +6,7 @@ be larger than memory: a matrix is read when its quantised form is evaluated, an
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,8 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .anatomy import layer_paths
 from .errors import UserError
-from .loop import Looped
+from .looped import Looped
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -130,10 +130,16 @@ def is_quantised(model: nn.Module) -> bool:
     return any("scales" in module for module in leaves(model).values())
 
 
-def layer_of(path: str) -> int | None:
-    """The number of the layer that a module is in; None: embeddings and head."""
-    found = re.search(r"\.layers\.(\d+)\.", path)
-    return int(found[1]) if found else None
+def layer_of(model: nn.Module) -> Callable[[str], int | None]:
+    """Path of a module -> number of the layer that it is in; None: embeddings and head."""
+    names = {tuple(map(str, path)): i for i, path in enumerate(layer_paths(model))}
+    depths = {len(name) for name in names}
+
+    def number(path: str) -> int | None:
+        parts = tuple(path.split("."))
+        return next((names[parts[:n]] for n in depths if parts[:n] in names), None)
+
+    return number
 
 
 def choose(
@@ -152,9 +158,10 @@ def choose(
     if quantization.recipe == "window8" and model.loop is None:
         raise UserError("the recipe window8 needs a loop: set loop settings or use uniform")
     chosen: dict[str, Params] = {}
+    layer = layer_of(model)
     for path, module in matrices(model).items():
         params = dict(quantization.params)
-        if quantization.recipe == "window8" and layer_of(path) in window:
+        if quantization.recipe == "window8" and layer(path) in window:
             params |= {"bits": 8, "mode": "affine"}
             params["group_size"] = max(quantization.group_size or 64, GROUP_SIZES[0])
         elif widths is not None:

@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .card import write_card
 from .errors import UserError
 from .files import check_space, whole_folder
-from .loop import Looped
+from .looped import Looped
 from .memory import weights_bytes
 from .quantise import Params, pieces, shards
 
@@ -53,7 +53,7 @@ def save(
         UserError: `path` exists (and not `overwrite`), the disk is full or not writable, the
             model was not loaded from a checkpoint, or it has adapters that are not fused.
     """
-    if model.path is None:
+    if model.checkpoint is None:
         raise UserError("only a model that mlx_loop.load or load_model loaded can be saved")
     weights = dict(tree_flatten(model.parameters()))
     if any(name.endswith(".lora_a") for name in weights):
@@ -62,7 +62,7 @@ def save(
     with whole_folder(path, overwrite) as folder:
         check_space(folder, path, sum(array.nbytes for array in weights.values()))
         mlx_lm_utils.save_model(folder, model)
-        generation = model.path / "generation_config.json"
+        generation = model.checkpoint.path / "generation_config.json"
         if generation.exists():
             shutil.copy(generation, folder)
         if tokenizer is not None:
@@ -130,9 +130,9 @@ def quantize(
             "weight_map": dict(sorted(places.items())),
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
-        assert model.path is not None
+        assert model.checkpoint is not None
         for pattern in COMPANIONS:
-            for file in model.path.glob(pattern):
+            for file in model.checkpoint.path.glob(pattern):
                 shutil.copy(file, folder)
         # Last, because without it nothing takes the folder for a model.
         _save_config(folder, model)
@@ -140,5 +140,6 @@ def quantize(
 
 def _save_config(folder: Path, model: Looped) -> None:
     loop = None if model.loop is None else model.loop.to_dict()
-    config: dict[str, Any] = {**model.config, "loop": loop}
+    assert model.checkpoint is not None
+    config: dict[str, Any] = {**model.checkpoint.config, "loop": loop}
     mlx_lm_utils.save_config(config, folder / "config.json")

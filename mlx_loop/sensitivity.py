@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import get_total_parameters
 
 from .errors import UserError
-from .loop import Looped
+from .looped import Looped
 from .quantise import (
     WIDTHS,
     Params,
@@ -103,8 +103,9 @@ def damages(
         progress: called with the layers measured and the layers in all.
     """
     units: dict[str, list[str]] = {}
+    number = layer_of(base)
     for path in chosen:
-        layer = layer_of(path)
+        layer = number(path)
         units.setdefault(path if layer is None else str(layer), []).append(path)
     originals = matrices(full)
     weights = {path: originals[path].weight.size for path in chosen}

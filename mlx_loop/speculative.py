@@ -5,7 +5,7 @@ costs what it costs for one. The tokens are those of plain looped decoding; samp
 distribution (`Sampler.verify`). The cheapest draft is the model's own un-looped pass: the loop
 needs its prelude and natural pass anyway, with the same keys and values.
 
-Every token is checked as if it were fed alone (`Looped.leave_looped`): a plain call with several
+Every token is checked as if it were fed alone (`halves.looped`): a plain call with several
 tokens is something else under policy `first`, where the later passes of a prompt see each other.
 """
 
@@ -22,9 +22,12 @@ from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 from mlx_lm.utils import common_prefix_len
 
-from .cache import histories, position, rewind
+from . import halves
+from .cache import leaves, rewind, tokens_seen
+from .config import LoopConfig
 from .errors import UserError
-from .loop import Looped, Natural, layer_passes
+from .loop import Natural, layer_passes
+from .looped import Looped
 from .sampling import Sampler
 
 # The most tokens to draft at a time, and the lengths of the n-grams that `LookupDraft` looks up.
@@ -77,13 +80,14 @@ class SelfDraft:
         token = mx.array(text[-1:])
         parts, tokens, logits = [], [], []
         for _ in range(count):
-            parts.append(model.enter(token[None], cache))
-            logits.append(sampler.logits(_logprobs(model.leave_plain(parts[-1], cache)[0])))
+            found, natural = halves.plain(model, token[None], cache)
+            parts.append(natural)
+            logits.append(sampler.logits(_logprobs(found[0])))
             token = sampler.draw(logits[-1])
             mx.async_eval(token)
             tokens.append(token)
-        parts.append(model.enter(token[None], cache))
-        return Draft(mx.concatenate(tokens), mx.concatenate(logits), Natural.join(parts, model.moe))
+        parts.append(halves.enter(model, token[None], cache))
+        return Draft(mx.concatenate(tokens), mx.concatenate(logits), Natural.join(parts))
 
 
 @dataclass
@@ -217,17 +221,28 @@ def check(model: Looped, cache: Sequence[Any]) -> None:
                 f"drafting does not work with decode={loop.decode!r}: it saves the cost of loops "
                 "while generating; use decode='full', or no draft"
             )
+        _check_layers(model, loop)
     _check_cache(cache)
 
 
+def _check_layers(model: Looped, loop: LoopConfig) -> None:
+    layers = model.anatomy.layers
+    for i in range(loop.layers.stop):
+        looped = i in loop.layers
+        if layers[i].results > 1 or (looped and layers[i].entries and layers[i].mask is None):
+            raise UserError(
+                f"drafting does not work with the model type {model.model_type!r}, whose layers "
+                "hand on more than a state: use no draft"
+            )
+
+
 def _check_cache(cache: Sequence[Any]) -> None:
-    for entry in cache:
-        for history in histories(entry):
-            if not isinstance(history, KVCache | QuantizedKVCache):
-                raise UserError(
-                    f"drafting does not work with a {type(history).__name__}, which cannot be "
-                    "trimmed (--max-kv-size and sliding-window layers need it): use no draft"
-                )
+    for leaf in leaves(cache):
+        if not isinstance(leaf, KVCache | QuantizedKVCache):
+            raise UserError(
+                f"drafting does not work with a {type(leaf).__name__}, which cannot be trimmed "
+                "(--max-kv-size, sliding windows and recurrent layers need it): use no draft"
+            )
 
 
 def speculative_generate_step(
@@ -275,7 +290,7 @@ def speculative_generate_step(
     with mx.stream(generation_stream):
         _prefill(model, prompt_cache, prompt, prefill_step_size, quantise, progress)
         progress(len(prompt), len(prompt))
-        done, left = position(prompt_cache[0]), max_tokens
+        done, left = tokens_seen(prompt_cache) or 0, max_tokens
         try:
             while left:
                 room = num_draft_tokens if left < 0 else left - 1
@@ -308,12 +323,11 @@ def speculative_generate_step(
 
 def _checked(model: Looped, cache: list[Any], last: int, draft: Draft) -> mx.array:
     """The model's logits (n + 1, vocab) after the text and after each of n drafts."""
-    if draft.natural is not None:
-        return model.leave_looped(draft.natural, cache)[0]
     tokens = mx.concatenate([mx.array([last], mx.uint32), draft.tokens])[None]
     if model.is_unlooped or tokens.shape[1] == 1:
         return model(tokens, cache=cache)[0]
-    return model.leave_looped(model.enter(tokens, cache), cache)[0]
+    natural = draft.natural or halves.enter(model, tokens, cache)
+    return halves.looped(model, tokens, cache, natural)[0]
 
 
 def _prefill(

@@ -21,8 +21,10 @@ from .comparison import CHUNK, kl
 from .config import LoopConfig
 from .errors import UserError
 from .generation import encode, generate
-from .loop import Looped, forward, layer_passes
+from .loop import layer_passes
+from .looped import Looped
 from .significance import LEVEL, bootstrap_mean, holm, signed_rank_p, wilson
+from .together import logits, states
 
 QUESTIONS = Path(__file__).parent / "demo" / "questions.jsonl"
 # Tokens of a text that are read at a time; each such piece is an item.
@@ -105,10 +107,10 @@ class Text:
             wanted = [i for i, items in enumerate(todo) if item in items]
             used = sorted({0, *wanted})
             tokens = mx.array(item["tokens"])[None]
-            states = forward([views[i] for i in used], tokens)
+            found = states([views[i] for i in used], tokens)
             yield [
-                (i, {"item": item["item"], **_loss(views[0], state, states[0], tokens)})
-                for i, state in zip(used, states, strict=True)
+                (i, {"item": item["item"], **_loss(views[0], state, found[0], tokens)})
+                for i, state in zip(used, found, strict=True)
                 if i in wanted
             ]
 
@@ -118,12 +120,12 @@ def _loss(model: Looped, state: mx.array, base: mx.array, tokens: mx.array) -> R
     losses, divergences = [], []
     for start in range(0, tokens.shape[1] - 1, CHUNK):
         stop = min(start + CHUNK, tokens.shape[1] - 1)
-        logits, plain = (model.logits(x[:, start:stop]) for x in (state, base))
-        wide = logits.astype(mx.float32)
+        found, plain = (logits(model, x[..., start:stop, :]) for x in (state, base))
+        wide = found.astype(mx.float32)
         target = tokens[:, start + 1 : stop + 1, None]
         chosen = mx.take_along_axis(wide, target, axis=-1)[..., 0]
         losses.append(mx.logsumexp(wide, axis=-1) - chosen)
-        divergences.append(kl(plain, logits))
+        divergences.append(kl(plain, found))
         mx.eval(losses[-1], divergences[-1])
     loss, divergence = (float(mx.concatenate(x, axis=1).mean()) for x in (losses, divergences))
     return {"loss": loss, "kl": divergence}

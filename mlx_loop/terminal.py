@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .config import LoopConfig
 from .conversation import Interrupted
-from .loop import Looped, layer_passes
+from .loop import layer_passes
+from .looped import Looped
 
 PIPE_WIDTH = 10_000
 

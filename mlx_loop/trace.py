@@ -1,7 +1,7 @@
 """What a loop does inside, pass by pass and token by token: does it converge, drift or diverge?
 
-A trace is one forward pass of a view of the model whose integrator sees a g that remembers its
-evaluations. The model itself knows nothing of it, so tracing costs nothing where nobody traces.
+A trace is one forward pass of a view of the model that is observed, so tracing costs nothing where
+nobody traces.
 The numbers, and the thresholds of the verdict, are explained in docs/trace.md.
 """
 
@@ -11,16 +11,15 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
 from .comparison import CHUNK, kl
 from .config import Guard, LoopConfig
 from .errors import UserError
-from .integrators import Between, Window
-from .loop import Looped
+from .looped import Looped
 from .routing import expert_changes
+from .together import logits
 
 # Of the verdict. A residual within 5 % of where it began has neither shrunk nor grown.
 SHRUNK, GROWN = 0.95, 1.05
@@ -144,45 +143,19 @@ def trace(model: Looped, tokens: Sequence[int]) -> Trace:
         raise UserError("looping is off, so there is nothing to trace: give --loops 2 or more")
     if not tokens:
         raise UserError("the prompt is empty: give at least one token")
-    recorded: list[tuple[_Recorder, mx.array]] = []
+    seen: list[tuple[Sequence[int], Sequence[tuple[mx.array, mx.array]], mx.array]] = []
     view = model.with_loop(model.loop)
-
-    def integrate(g: Any, x0: mx.array, loop: LoopConfig) -> mx.array:
-        recorder = _Recorder(g)
-        out = model.run_loop(recorder, x0, loop)  # type: ignore[arg-type]
-        recorded.append((recorder, out))
-        return out
-
-    view.run_loop = integrate  # type: ignore[method-assign]
+    view.observer = lambda *loop: seen.append(loop)
     text = mx.array(list(tokens))[None]
     mx.eval(view(text))
     loop = model.loop
     assert loop is not None
-    changes = expert_changes(model, text) if model.moe is not None else {}
-    size = len(loop.layers) if loop.scope == "block" else 1
-    parts = [list(loop.layers[i : i + size]) for i in range(0, len(loop.layers), size)]
+    changes = expert_changes(model, text) if model.anatomy.mixes_experts else {}
     loops = [
-        _loop(
-            model, layers, recorder.evaluations, out, [changes[i] for i in layers if i in changes]
-        )
-        for layers, (recorder, out) in zip(parts, recorded, strict=True)
+        _loop(model, list(layers), evaluations, out, [changes[i] for i in layers if i in changes])
+        for layers, evaluations, out in seen
     ]
     return Trace(loop, list(tokens), loops)
-
-
-class _Recorder:
-    """g, with every evaluation (x, g(x)) kept."""
-
-    cached = False
-
-    def __init__(self, g: Window):
-        self._g = g
-        self.evaluations: list[tuple[mx.array, mx.array]] = []
-
-    def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:
-        gx = self._g(x, between)
-        self.evaluations.append((x, gx))
-        return gx
 
 
 def _loop(
@@ -228,8 +201,8 @@ def _state(model: Looped, x: mx.array, natural: mx.array) -> State:
     cosine = mx.sum(wide * plain, axis=-1) / (norm * norm_plain)
     lens = []
     for start in range(0, x.shape[1], CHUNK):
-        part = slice(start, start + CHUNK)
-        lens += _floats(kl(model.logits(natural[:, part]), model.logits(x[:, part])))
+        chunk = [y[..., start : start + CHUNK, :] for y in (natural, x)]
+        lens += _floats(kl(*(logits(model, y) for y in chunk)))
     return State(_floats(norm / norm_plain), _floats(cosine), lens)
 
 

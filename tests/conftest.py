@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from mlx_loop.models.dense import Llama, Qwen2, Qwen3
-from mlx_loop.models.mla_moe import DeepseekV2, DeepseekV3
-from mlx_loop.models.moe import GptOss, Mixtral, Olmoe, Qwen2MoE, Qwen3MoE
+from mlx_loop.models import get_classes
 
 SIZES = {
     "hidden_size": 128,
@@ -48,61 +46,50 @@ YARN = {
     "mscale_all_dim": 0.707,
 }
 DENSE = {
-    "qwen3": (Qwen3, {"tie_word_embeddings": True}),
-    "qwen2": (Qwen2, {"tie_word_embeddings": False}),
-    "llama": (Llama, {"tie_word_embeddings": False}),
+    "qwen3": {"tie_word_embeddings": True},
+    "qwen2": {"tie_word_embeddings": False},
+    "llama": {"tie_word_embeddings": False},
     # Every other layer attends to the last 8 tokens only.
-    "sliding_llama": (
-        Llama,
-        {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 4},
-    ),
+    "sliding_llama": {
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention"] * 4,
+    },
 }
 MIXTURES = {
-    "qwen3_moe": (
-        Qwen3MoE,
-        {
-            **EXPERTS,
-            "moe_intermediate_size": 32,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [3],
-            "norm_topk_prob": True,
-            "tie_word_embeddings": False,
-        },
-    ),
-    "qwen2_moe": (
-        Qwen2MoE,
-        {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
-    ),
-    "mixtral": (Mixtral, {**EXPERTS, "intermediate_size": 64}),
-    "olmoe": (Olmoe, {**EXPERTS, "intermediate_size": 64, "norm_topk_prob": True}),
-    "gpt_oss": (
-        GptOss,
-        {
-            **EXPERTS,
-            "intermediate_size": 64,
-            "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention"] * 4,
-        },
-    ),
-    "deepseek_v2": (
-        DeepseekV2,
-        {**LATENT, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}
-        | {"rope_scaling": YARN},
-    ),
-    "deepseek_v3": (
-        DeepseekV3,
-        {**LATENT, "topk_method": "noaux_tc", "n_group": 2, "topk_group": 1},
-    ),
+    "qwen3_moe": {
+        **EXPERTS,
+        "moe_intermediate_size": 32,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [3],
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
+    "qwen2_moe": {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    "mixtral": {**EXPERTS, "intermediate_size": 64},
+    "olmoe": {**EXPERTS, "intermediate_size": 64, "norm_topk_prob": True},
+    "gpt_oss": {
+        **EXPERTS,
+        "intermediate_size": 64,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+    },
+    "deepseek_v2": {
+        **LATENT,
+        "topk_method": "group_limited_greedy",
+        "n_group": 2,
+        "topk_group": 1,
+        "rope_scaling": YARN,
+    },
+    "deepseek_v3": {**LATENT, "topk_method": "noaux_tc", "n_group": 2, "topk_group": 1},
 }
 MODELS = DENSE | MIXTURES
 
 
-def make(name, seed=0):
+def make(name, seed=0, **changes):
     """A model with looping off and random weights, large enough that every layer matters."""
-    cls, extra = MODELS[name]
-    model = cls(
-        cls.args_class.from_dict({"model_type": name.removeprefix("sliding_"), **SIZES, **extra})
-    )
+    config = {"model_type": name.removeprefix("sliding_"), **SIZES, **MODELS[name], **changes}
+    cls, args_class = get_classes(config)
+    model = cls(args_class.from_dict(config))
     mx.random.seed(seed)
     model.update(
         tree_map(lambda p: mx.random.normal(p.shape) * 0.1 if p.ndim > 1 else p, model.parameters())
@@ -134,6 +121,11 @@ def one_of_each(request):
 def model():
     """One dense model. Tests take views of it with `with_loop`."""
     return make("qwen3")
+
+
+def embed(model, text):
+    """(batch, length) -> (batch, length, hidden), of the models above."""
+    return model.model.embed_tokens(text)
 
 
 def tokens(batch, length, seed=0):

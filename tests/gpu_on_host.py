@@ -26,7 +26,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_loop import loop
 from mlx_loop.kernels import source
 
 update = sys.modules["mlx_loop.kernels.update"]
@@ -352,7 +351,6 @@ class Launches:
         with (
             mock.patch.object(update, "launch", self),
             mock.patch.object(update, "on_gpu", return_value=True),
-            mock.patch.object(loop, "on_gpu", return_value=True),
         ):
             yield
 

@@ -1,46 +1,101 @@
-"""A slow loop that is hard to get wrong: every pass starts from a copy of the cache.
+"""A slow loop that is hard to get wrong: every pass is a whole pass of mlx-lm's own model.
 
-It knows neither rewinding nor tableaux: `anchored` written out, on deep copies of mlx-lm's
-caches, with the package's rounding (`combine`), so that results can be compared to the bit.
+A pass over the window is a forward pass in which the window's first layer gets another state; what
+its last layer returns is read off. Each starts from a copy of the cache. So nothing here knows of
+rewinding, tableaux, masks, or what a model does between its layers.
 """
 
 from __future__ import annotations
 
 import copy
 
-from mlx_loop.cache import histories
+import mlx.core as mx
+import mlx.nn as nn
+
 from mlx_loop.kernels import combine
 
 
-def anchored_logits(model, tokens, cache, loop):
-    """Logits (batch, length, vocab) of a model under `loop`; `cache` is updated in place."""
-    layers, (start, stop) = model.layers, loop.window
-    h = model.model.embed_tokens(tokens)
-    masks = model.masks(h, [histories(entry)[0] for entry in cache])
+class Spy:
+    """In a layer's place: gives it another state, and something else on for what it returns."""
 
-    def plain_pass(x, first, end, entries):
-        for i in range(first, end):
-            x = layers[i](x, masks[i], entries[i])
-        return x
+    def __init__(self, layer, position):
+        self.layer, self.position = layer, position
+        self.given = self.returned = self.instead_in = self.instead_out = None
 
-    h = plain_pass(h, 0, start, cache)
-    size = stop - start if loop.scope == "block" else 1
-    for first in range(start, stop, size):
-        before = copy.deepcopy(list(cache))
-        kept = copy.deepcopy(before)
-        natural = plain_pass(h, first, first + size, kept)
-        x, gx, s = h, natural, 1 / loop.loops
-        for _ in range(loop.loops - 1):
+    def __call__(self, *args, **kwargs):
+        args = list(args)
+        place = kwargs if isinstance(self.position, str) else args
+        self.given = place[self.position]
+        if self.instead_in is not None:
+            place[self.position] = self.instead_in
+        found = self.layer(*args, **kwargs)
+        self.returned = found if isinstance(found, mx.array) else found[0]
+        if self.instead_out is None:
+            return found
+        if isinstance(found, mx.array):
+            return self.instead_out
+        return (self.instead_out, *found[1:])
+
+    def __getattr__(self, name):
+        return getattr(self.layer, name)
+
+    @property
+    def __class__(self):
+        return type(self.layer)
+
+
+class Reference:
+    """`anchored` loops around mlx-lm's own model, with key/value policy `first` or `last`.
+
+    Args:
+        model: mlx-lm's own; it is used up.
+        loop: complete settings, with live routing.
+    """
+
+    def __init__(self, model, loop):
+        position = {"talkie": 1, "gptj": "inputs"}.get(model.model_type, 0)
+        self.model, self.loop = model, loop
+        self.spies = [Spy(layer, position) for layer in model.layers]
+        by_id = {id(spy.layer): spy for spy in self.spies}
+        for module in list(model.modules()):
+            for value in module.values():
+                if isinstance(value, list):
+                    value[:] = [by_id.get(id(item), item) for item in value]
+
+    def __call__(self, tokens, cache=None):
+        """Logits (batch, length, vocab); `cache` is updated."""
+        start, stop = self.loop.window
+        size = stop - start if self.loop.scope == "block" else 1
+        parts = [(first, first + size - 1) for first in range(start, stop, size)]
+        done = {}
+        for first, last in parts:
+            done[first, last] = self._looped(tokens, cache, first, last, done)
+        return self._pass(tokens, cache, done)
+
+    def _looped(self, tokens, cache, first, last, done):
+        def g(x):
+            self._pass(tokens, copy.deepcopy(cache), done, (first, x))
+            return self.spies[first].given, self.spies[last].returned
+
+        x0, natural = g(None)
+        s, rest = 1 / self.loop.loops, 1 - self.loop.beta
+        x, gx = x0, natural
+        for _ in range(self.loop.loops - 1):
             x = combine((1 - s, s), (x, gx))
-            gx = plain_pass(x, first, first + size, copy.deepcopy(before))
-        rest = 1 - loop.beta
-        h = combine((loop.beta, rest * (1 - s), rest * s), (natural, x, gx))
-        if loop.cache == "last":
-            kept = copy.deepcopy(before)
-            plain_pass(h, first, first + size, kept)
-        cache[first : first + size] = kept[first : first + size]
-    h = model.model.norm(plain_pass(h, stop, len(layers), cache))
-    return model.lm_head(h) if "lm_head" in model else model.model.embed_tokens.as_linear(h)
+            _, gx = g(x)
+        return combine((self.loop.beta, rest * (1 - s), rest * s), (natural, x, gx))
+
+    def _pass(self, tokens, cache, done, given=None):
+        """A pass in which the parts that are done give on their looped states."""
+        for spy in self.spies:
+            spy.instead_in = spy.instead_out = None
+        for (first, last), state in done.items():
+            self.spies[last].instead_out = state
+            if self.loop.cache == "last":
+                self.spies[first].instead_in = state
+        if given is not None:
+            self.spies[given[0]].instead_in = given[1]
+        return self.model(tokens, cache=cache)
 
 
 def doubled_window(model, window):
@@ -53,9 +108,18 @@ def doubled_window(model, window):
 
 
 def plain(model):
-    """mlx-lm's own model with the weights of a looped one."""
+    """mlx-lm's own model with the weights of a looped one; its lists are its own."""
     cls = next(c for c in type(model).__mro__ if c.__module__.startswith("mlx_lm"))
+    return _copied(model, cls)
+
+
+def _copied(value, cls=None):
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    if not isinstance(value, nn.Module):
+        return value
+    cls = cls or type(value)
     twin = cls.__new__(cls)
-    dict.update(twin, model)
-    vars(twin).update(vars(model))
+    dict.update(twin, {key: _copied(item) for key, item in value.items()})
+    vars(twin).update(vars(value))
     return twin

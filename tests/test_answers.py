@@ -7,7 +7,7 @@ import pytest
 from conftest import make
 
 from mlx_loop import LoopConfig
-from mlx_loop.cache import position
+from mlx_loop.cache import tokens_seen
 from mlx_loop.comparison import distinct
 from mlx_loop.evaluate.answers import answer_batch
 
@@ -71,4 +71,4 @@ def test_layers_below_the_windows_see_the_prompt_once(model, monkeypatch):
     monkeypatch.setattr(layer, "__call__", count)
     list(answer_batch(views, [[5, 9, 2, 7, 11]], set(), 2))
     assert [seen.count(i) for i in range(5)] == [1, 1, 1, 1 + 2 + 3 + 4, 1 + 2 + 3 + 4]
-    assert position(model.new_cache()[0]) == 0
+    assert tokens_seen(model.new_cache()) == 0

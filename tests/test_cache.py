@@ -8,15 +8,15 @@ from conftest import tokens
 from mlx_lm.models.cache import (
     BatchKVCache,
     BatchRotatingKVCache,
-    ChunkedKVCache,
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
 )
-from reference import anchored_logits, doubled_window
+from reference import Reference, doubled_window, plain
 
 from mlx_loop import LoopConfig, UserError
-from mlx_loop.cache import histories, own_entries
+from mlx_loop.cache import leaves, repeated
+from mlx_loop.memory import reads_quantised_cache
 
 KINDS = {
     "full": KVCache,
@@ -30,7 +30,7 @@ CALLS = (7, 1, 1, 5, 1, 1, 1, 1, 3, 1, 1)
 
 
 def skip_unless_possible(model, kind):
-    if kind == "quantised" and not model.quantised_cache:
+    if kind == "quantised" and not reads_quantised_cache(model):
         pytest.skip("mlx-lm's own model does not read quantised keys and values")
 
 
@@ -55,12 +55,7 @@ def test_rewinding_equals_a_fresh_copy_for_every_pass(one_of_each, kind, policy,
     )
     found = feed(looped, [KINDS[kind]() for _ in looped.layers])
     cache = [KINDS[kind]() for _ in looped.layers]
-
-    class Reference:
-        def __call__(self, x, cache):
-            return anchored_logits(looped, x, cache, looped.loop)
-
-    expected = feed(Reference(), cache)
+    expected = feed(Reference(plain(looped), looped.loop), cache)
     # Tokens 0 and 1 of a left-padded row are padding.
     assert mx.array_equal(found[:, 2:], expected[:, 2:])
 
@@ -73,7 +68,9 @@ def test_own_with_naive_loops_is_the_model_with_its_window_twice(one_of_each, ki
             window=(2, 5), loops=2, integrator="naive", cache="own", scope="block", routing="live"
         )
     )
-    found = feed(looped, own_entries([KINDS[kind]() for _ in looped.layers], range(2, 5), 2))
+    cache = [KINDS[kind]() for _ in looped.layers]
+    cache[2:5] = [repeated(entry, 2) for entry in cache[2:5]]
+    found = feed(looped, cache)
     double = doubled_window(one_of_each, (2, 5))
     expected = feed(double, [KINDS[kind]() for _ in double.layers])
     assert mx.array_equal(found[:, 2:], expected[:, 2:])
@@ -97,13 +94,7 @@ def test_positions_line_up_with_an_unlooped_cache(model):
         looped = model.with_loop(LoopConfig(loops=3, integrator="rk4", cache=policy))
         cache = looped.new_cache()
         feed(looped, cache, batch=1)
-        assert {c.offset for entry in cache for c in histories(entry)} == {sum(CALLS)}
-
-
-def test_an_unknown_cache_class_is_refused(model):
-    looped = model.with_loop(LoopConfig())
-    with pytest.raises(UserError, match="ChunkedKVCache"):
-        looped(tokens(1, 3), cache=[ChunkedKVCache(16) for _ in looped.layers])
+        assert {leaf.offset for leaf in leaves(cache)} == {sum(CALLS)}
 
 
 def test_a_cache_made_for_other_settings_is_refused(model):

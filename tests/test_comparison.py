@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from conftest import make, relative_error, tokens
 from mlx_lm.models.cache import make_prompt_cache
@@ -10,7 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import mlx_loop
 from mlx_loop import Guard, LoopConfig, UserError
 from mlx_loop.comparison import Answer, compare, distinct, kl
-from mlx_loop.loop import forward, part, share
+from mlx_loop.together import logits, states
 
 SETTINGS = [
     LoopConfig(loops=3),
@@ -193,30 +194,26 @@ def views_of(model):
 def test_a_shared_pass_is_each_views_own_pass(any_model):
     text = tokens(1, 12)
     views = views_of(any_model)
-    for view, state in zip(views, forward(views, text), strict=True):
-        assert mx.array_equal(view.logits(state), view(text))
+    for view, state in zip(views, states(views, text), strict=True):
+        assert mx.array_equal(logits(view, state), view(text))
 
 
 def test_shared_caches_are_each_views_own_cache(one_of_each):
     text, views = tokens(1, 13), views_of(one_of_each)
     shared = [make_prompt_cache(view) for view in views]
     own = [make_prompt_cache(view) for view in views]
-    share(views, shared)
     for chunk in (text[:, :5], text[:, 5:12]):
-        forward(views, chunk, shared)
+        states(views, chunk, shared)
         for view, cache in zip(views, own, strict=True):
             view(chunk, cache=cache)
-    part(views, shared)
     for view, mine, cache in zip(views, shared, own, strict=True):
         assert mx.array_equal(view(text[:, 12:], cache=mine), view(text[:, 12:], cache=cache))
 
 
-def test_after_parting_one_cache_does_not_see_what_another_writes(model):
+def test_one_cache_does_not_see_what_another_writes(model):
     views = views_of(model)
     caches = [make_prompt_cache(view) for view in views]
-    share(views, caches)
-    forward(views, tokens(1, 5), caches)
-    part(views, caches)
+    states(views, tokens(1, 5), caches)
     before = [mx.array(cache[0].state[0]) for cache in caches]
     views[0](tokens(1, 3, seed=1), cache=caches[0])
     assert caches[0][0].offset == 8
@@ -225,10 +222,11 @@ def test_after_parting_one_cache_does_not_see_what_another_writes(model):
         assert mx.array_equal(cache[0].state[0], keys)
 
 
-class Counted:
+class Counted(nn.Module):
     """A layer that counts its calls."""
 
     def __init__(self, layer):
+        super().__init__()
         self.layer, self.calls = layer, 0
 
     def __call__(self, *args):
@@ -238,8 +236,10 @@ class Counted:
 
 def test_layers_below_the_windows_run_once_for_all_views():
     model = make("qwen3")
-    layers = [Counted(layer) for layer in model.layers]
-    model.model.layers = layers
+    layers = model.model.layers = [Counted(layer) for layer in model.layers]
     loops = [LoopConfig(window=(4, 6), loops=k) for k in (2, 3)] + [LoopConfig(window=(6, 8))]
-    forward(distinct(model, loops), tokens(1, 4))
+    views = distinct(model, loops)
+    for layer in layers:
+        layer.calls = 0
+    states(views, tokens(1, 4))
     assert [layer.calls for layer in layers] == [1] * 4 + [2 + 3 + 1] * 2 + [1 + 1 + 3 + 1] * 2

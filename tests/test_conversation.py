@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from zoo import build
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
-from mlx_loop.cache import position
+from mlx_loop.cache import tokens_seen
 from mlx_loop.conversation import Conversation, Interrupted
 
 
@@ -40,7 +41,7 @@ def test_only_new_tokens_are_processed(talk):
 def test_the_cache_holds_the_tokens_that_it_is_said_to_hold(talk):
     for text in ("hello", "What is 12 + 30?", "thanks"):
         say(talk, text)
-        assert position(talk._cache[0]) == len(talk._tokens)
+        assert tokens_seen(talk._cache) == len(talk._tokens)
 
 
 def test_answers_are_those_of_a_conversation_without_a_cache(talk):
@@ -61,7 +62,7 @@ def test_an_interrupted_answer_stays_and_the_talk_goes_on(talk):
         next(stream)
     stream.close()
     assert talk.messages[-1]["role"] == "assistant"
-    assert position(talk._cache[0]) == len(talk._tokens)
+    assert tokens_seen(talk._cache) == len(talk._tokens)
     expected, _ = say(fresh(talk, talk.messages), "thanks")
     assert say(talk, "thanks")[0] == expected
 
@@ -77,7 +78,7 @@ def test_an_interruption_between_chunks_of_the_prompt_loses_nothing(talk):
     with pytest.raises(Interrupted):
         list(talk.reply("What is 12 + 30?", stop, prefill_step_size=4))
     assert talk.messages == before
-    assert position(talk._cache[0]) == len(talk._tokens)
+    assert tokens_seen(talk._cache) == len(talk._tokens)
     expected, _ = say(fresh(talk, before), "What is 12 + 30?")
     assert say(talk, "What is 12 + 30?")[0] == expected
 
@@ -145,6 +146,20 @@ def test_a_rotating_cache_goes_on_past_its_size(talk):
     for text in ("Tell me a story.", "Tell me a story.", "hello", "thanks"):
         assert say(small, text)[0]
     assert len(small._tokens) > 64
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_5", "mamba2"])
+def test_windows_and_recurrent_state_need_no_second_look_at_the_conversation(talk, name):
+    # The template renders an answer as it was generated, but for the token that ended it.
+    model = build(name, vocab_size=1024).with_loop(LoopConfig(loops=2, cache="own"))
+    turns = Conversation(model, talk.tokenizer)
+    for text in ("Tell me a story.", "hello", "thanks"):
+        held = len(turns._bookmark[0]) if turns._bookmark else 0
+        again = fresh(turns, turns.messages)
+        expected = say(again, text)
+        found = say(turns, text)
+        assert found[0] == expected[0]
+        assert found[1][0].prompt_tokens <= expected[1][0].prompt_tokens - held
 
 
 def test_a_model_without_a_chat_template_is_refused(talk):

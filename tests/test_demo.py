@@ -66,18 +66,18 @@ def test_a_demo_keeps_what_it_was_taught(demo, questions):
 
 def test_the_folder_is_a_published_checkpoint(demo):
     model, _ = demo
-    plain, tokenizer = mlx_lm.load(str(model.path))
+    plain, tokenizer = mlx_lm.load(str(model.checkpoint.path))
     plain.set_dtype(mx.float32)
     ids = mx.array([tokenizer.encode("what is 12 + 30?")])
     assert mx.array_equal(plain(ids), model(ids))
     assert tokenizer.has_chat_template
-    config = json.loads((model.path / "config.json").read_text())
+    config = json.loads((model.checkpoint.path / "config.json").read_text())
     assert config["model_type"] in ("qwen3", "qwen3_moe", "deepseek_v3")
 
 
 def test_matrices_can_be_quantised_in_groups_of_64(demo):
     model, _ = demo
-    weights = mx.load(str(model.path / "model.safetensors"))
+    weights = mx.load(str(model.checkpoint.path / "model.safetensors"))
     assert all(w.shape[-1] % 64 == 0 for w in weights.values() if w.ndim > 1)
 
 
@@ -88,9 +88,9 @@ def test_all_demos_together_are_small():
 
 def test_the_card_of_a_demo_holds_its_log(demo):
     model, _ = demo
-    lines = [json.loads(line) for line in (model.path / "training_log.jsonl").open()]
+    lines = [json.loads(line) for line in (model.checkpoint.path / "training_log.jsonl").open()]
     final = {line["final"]: line["accuracy"] for line in lines if "final" in line}
-    card = (model.path / "README.md").read_text()
+    card = (model.checkpoint.path / "README.md").read_text()
     assert all(f"| {skill} | {accuracy:.1%} |" in card for skill, accuracy in final.items())
     assert final
 

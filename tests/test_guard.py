@@ -25,7 +25,7 @@ def g(x, between=None):
 
 
 def settings(**fields):
-    return resolve(LoopConfig(**fields), "qwen3", "dense", 8)
+    return resolve(LoopConfig(**fields), "qwen3", 8)
 
 
 def fired(config, guard):

@@ -19,7 +19,7 @@ CONSISTENT = ("naive", "euler", "anchored", "residual_scaled")
 
 
 def config(integrator, loops, **settings):
-    return resolve(LoopConfig(integrator=integrator, loops=loops, **settings), "qwen3", "dense", 12)
+    return resolve(LoopConfig(integrator=integrator, loops=loops, **settings), "qwen3", 12)
 
 
 class Map:

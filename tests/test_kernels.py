@@ -315,7 +315,7 @@ def nodes(function, *arrays):
 
 @pytest.mark.parametrize(("name", "norm"), [*FREE, *INTERPOLATING])
 def test_every_state_that_an_integrator_forms_is_one_launch(name, norm):
-    config = resolve(LoopConfig(integrator=name, loops=4, norm=norm), "qwen3", "dense", 12)
+    config = resolve(LoopConfig(integrator=name, loops=4, norm=norm), "qwen3", 12)
     known, formed = [], []
 
     def meet(x):

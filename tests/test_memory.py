@@ -17,7 +17,7 @@ from mlx_lm.models.cache import KVCache
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError, memory
-from mlx_loop.cache import histories
+from mlx_loop.cache import leaves
 from mlx_loop.cli import main
 from mlx_loop.loading import DEMOS, open_checkpoint
 from mlx_loop.memory import GIB, Footprint, usable, weights_bytes
@@ -72,7 +72,7 @@ def test_quantised_caches_are_exact_under_every_policy(model, policy, bits):
     looped = model.with_loop(LoopConfig(loops=3, cache=policy))
     cache, _ = prefill(looped, 300, 64, kv_bits=bits, kv_group_size=32, quantized_kv_start=0)
     found = sum(entry.nbytes for entry in cache)
-    assert not any(isinstance(c, KVCache) for entry in cache for c in histories(entry))
+    assert not any(isinstance(leaf, KVCache) for leaf in leaves(cache))
     assert Footprint(looped).cache(300, bits, 32) == found
 
 

@@ -22,7 +22,7 @@ from mlx_lm.models.cache import (
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mlx_loop import LoopConfig
-from mlx_loop.cache import histories
+from mlx_loop.cache import leaves
 
 POLICIES = ("first", "last", "own")
 PROMPT = tokens(1, 13, seed=3)[0]
@@ -189,8 +189,8 @@ def test_quantised_kv_cache(looped, bits, start):
     found = generated(
         looped, prompt_cache=cache, kv_bits=bits, kv_group_size=32, quantized_kv_start=start
     )
-    assert {type(c) for entry in cache for c in histories(entry)} == {QuantizedKVCache}
-    assert {c.bits for entry in cache for c in histories(entry)} == {bits}
+    assert {type(leaf) for leaf in leaves(cache)} == {QuantizedKVCache}
+    assert {leaf.bits for leaf in leaves(cache)} == {bits}
     assert len(found) == 8
     if bits == 8:
         # Eight bits leave the logits close: the first token is that of the full cache.

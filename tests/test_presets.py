@@ -1,4 +1,4 @@
-"""Fields that are left out take the preset of the model's family and size."""
+"""Fields that are left out take the preset of the model's kind and size."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mlx_loop.config import INTEGRATOR_FIELDS, INTEGRATORS
 from mlx_loop.presets import default_window, resolve
 
 
-def resolved(num_layers=36, model_type="qwen3", family="dense", **settings):
-    return resolve(LoopConfig(**settings), model_type, family, num_layers)
+def resolved(num_layers=36, model_type="qwen3", mixes_experts=False, **settings):
+    return resolve(LoopConfig(**settings), model_type, num_layers, mixes_experts)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_the_window_fits_any_depth(num_layers):
         assert abs((start + stop) / 2 - 0.47 * num_layers) <= 0.75
 
 
-def test_presets_of_the_families():
+def test_presets_of_dense_models_and_of_mixtures():
     dense = resolved()
     assert dense == LoopConfig(
         window=(15, 19),
@@ -47,9 +47,8 @@ def test_presets_of_the_families():
         cache="first",
         decode="full",
     )
-    for family in ("moe", "mla_moe"):
-        preset = resolved(family=family)
-        assert (preset.scope, preset.routing) == ("layer", "frozen")
+    mixture = resolved(mixes_experts=True)
+    assert (mixture.scope, mixture.routing) == ("layer", "frozen")
 
 
 def test_what_is_given_stays():
@@ -63,7 +62,7 @@ def test_an_integrator_has_its_own_fields_and_no_others(integrator):
     preset = resolved(integrator=integrator, beta=0.3)
     for field, users in INTEGRATOR_FIELDS.items():
         assert (getattr(preset, field) is not None) == (integrator in users)
-    assert resolve(preset, "qwen3", "dense", 36) == preset
+    assert resolve(preset, "qwen3", 36) == preset
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from conftest import tokens
@@ -58,7 +60,8 @@ def test_another_model_is_refused(model, tmp_path):
     path = tmp_path / "cache.safetensors"
     mlx_loop.save_prompt_cache(path, filled(model), model)
     other = mlx_loop.load_model("demo")
-    other.config = {**other.config, "hidden_size": 64}
+    checkpoint = other.checkpoint
+    other.checkpoint = replace(checkpoint, config={**checkpoint.config, "hidden_size": 64})
     with pytest.raises(UserError, match="another model"):
         mlx_loop.load_prompt_cache(path, other)
 

@@ -64,14 +64,14 @@ def test_streamed_and_loaded_are_the_same_model_and_mlx_lms(tmp_path, name):
     quantization = Quantization(4, recipe="window8")
     loaded = mlx_loop.load_model(name, quantize=quantization)
     assert streamed.loop == loaded.loop
-    assert streamed.config["quantization"] == loaded.config["quantization"]
+    assert streamed.checkpoint.config["quantization"] == loaded.checkpoint.config["quantization"]
     found, expected = parameters(streamed), parameters(loaded)
     assert found.keys() == expected.keys()
     assert all(mx.array_equal(found[n], expected[n]) for n in expected)
     text = tokens(1, 6)
     assert mx.array_equal(streamed(text), loaded(text))
     plain, _ = mlx_lm_load_model(folder)
-    if streamed.moe is not None:
+    if streamed.anatomy.mixes_experts:
         plain.set_dtype(mx.float32)
     assert mx.array_equal(plain(text), streamed.with_loop(None)(text))
 
@@ -208,7 +208,7 @@ def test_an_old_folder_is_replaced_only_by_force(tmp_path, capsys):
     convert(DEMOS["demo"], tmp_path / "q", status=2)
     assert "--force" in capsys.readouterr().err
     convert(DEMOS["demo"], tmp_path / "q", "--force", "--q-bits", "8")
-    assert mlx_loop.load_model(tmp_path / "q").config["quantization"]["bits"] == 8
+    assert mlx_loop.load_model(tmp_path / "q").checkpoint.config["quantization"]["bits"] == 8
 
 
 def program(source, folder, *options):

@@ -15,11 +15,10 @@ from mlx_lm.sample_utils import make_sampler
 from scipy.stats import chisquare
 
 import mlx_loop
-from mlx_loop import LoopConfig, UserError
-from mlx_loop.cache import histories, position
+from mlx_loop import LoopConfig, UserError, halves
+from mlx_loop.cache import leaves, tokens_seen
 from mlx_loop.conversation import Conversation
 from mlx_loop.loop import Natural
-from mlx_loop.models.dense import Qwen3
 from mlx_loop.sampling import Sampler
 from mlx_loop.speculative import (
     LookupDraft,
@@ -93,16 +92,14 @@ def fed_alone(model, text, cache):
 
 def fed_as_drafts(model, text, cache):
     """As a round of self-drafting feeds it, the drafts being right."""
-    parts = []
-    for i in range(text.shape[1]):
-        parts.append(model.enter(text[:, i : i + 1], cache))
-        if i < text.shape[1] - 1:
-            model.leave_plain(parts[-1], cache)
-    return model.leave_looped(Natural.join(parts, model.moe), cache)
+    *drafts, last = (text[:, i : i + 1] for i in range(text.shape[1]))
+    parts = [halves.plain(model, draft, cache)[1] for draft in drafts]
+    parts.append(halves.enter(model, last, cache))
+    return halves.looped(model, text, cache, Natural.join(parts))
 
 
 def fed_together(model, text, cache):
-    return model.leave_looped(model.enter(text, cache), cache)
+    return halves.looped(model, text, cache, halves.enter(model, text, cache))
 
 
 def started(model):
@@ -126,7 +123,7 @@ def test_checked_tokens_are_as_if_each_had_been_fed_alone(family, policy, scope,
     expected = fed_alone(model, text, expected_cache)
     assert relative_error(feed(model, text, cache), expected) < ROUNDING
     # What it leaves in the cache is right as well.
-    assert {c.offset for entry in cache for c in histories(entry)} == {len(PROMPT) + 4}
+    assert {leaf.offset for leaf in leaves(cache)} == {len(PROMPT) + 4}
     expected_next = model(more, cache=expected_cache)
     assert relative_error(model(more, cache=cache), expected_next) < ROUNDING
 
@@ -158,7 +155,7 @@ def test_a_plain_call_with_several_tokens_is_no_check_under_first(looped):
 
 def test_drafts_are_the_unlooped_models_as_long_as_all_were_its_own(looped):
     text, cache = tokens(1, 4, seed=4), looped.new_cache()
-    found = [looped.leave_plain(looped.enter(text[:, i : i + 1], cache), cache) for i in range(4)]
+    found = [halves.plain(looped, text[:, i : i + 1], cache)[0] for i in range(4)]
     assert mx.array_equal(
         mx.concatenate(found, 1), fed_alone(looped.with_loop(None), text, looped.new_cache())
     )
@@ -238,7 +235,7 @@ def test_wrong_drafts_change_nothing(looped):
 def test_no_token_too_many(looped, limit):
     cache = looped.new_cache()
     assert drafted(looped, cache=cache, max_tokens=limit, length=8) == plain(looped)[:limit]
-    assert position(cache[0]) < len(PROMPT) + limit
+    assert tokens_seen(cache) < len(PROMPT) + limit
 
 
 @pytest.mark.parametrize("step", [1, 4])
@@ -305,7 +302,7 @@ def pair_probabilities(model, prompt):
 
 def test_sampled_text_has_the_looped_models_distribution():
     sizes = {**SIZES, "vocab_size": 4, "hidden_size": 32, "num_hidden_layers": 3, "head_dim": 16}
-    model = Qwen3(Qwen3.args_class.from_dict({"model_type": "qwen3", **sizes, **TIED}))
+    model = make("qwen3", **sizes)
     mx.random.seed(3)
     model.update(tree_map(lambda p: mx.random.normal(p.shape) * 0.4, model.parameters()))
     looped = model.with_loop(LoopConfig(window=(0, 3), loops=4, integrator="naive"))
@@ -381,8 +378,8 @@ def test_a_draft_model_is_fed_each_token_once_from_text_to_text(model):
     cache = looped.new_cache()
     text = [*PROMPT, *drafted(looped, draft=draft, cache=cache, max_tokens=12)]
     fed.clear()
-    rest = [*text[position(cache[0]) :], 5, 6]
-    context = text[: position(cache[0])]
+    rest = [*text[tokens_seen(cache) :], 5, 6]
+    context = text[: tokens_seen(cache)]
     drafted(looped, draft=draft, prompt=rest, context=context, cache=cache, max_tokens=4)
     assert sum(fed) < len(PROMPT)
 
@@ -390,7 +387,7 @@ def test_a_draft_model_is_fed_each_token_once_from_text_to_text(model):
 @pytest.mark.parametrize("vocab", [310, 330])
 def test_a_draft_model_may_pad_its_vocabulary_to_another_size(model, vocab):
     sizes = SIZES | TIED | {"vocab_size": vocab, "num_hidden_layers": 2}
-    draft = ModelDraft(Qwen3(Qwen3.args_class.from_dict({"model_type": "qwen3", **sizes})))
+    draft = ModelDraft(make("qwen3", **sizes))
     logits = draft.draft(model, [], PROMPT, 2, Sampler(temp=1.0)).logits
     assert logits.shape == (2, 320)
     assert mx.all(mx.isfinite(logits[:, :310]))
@@ -412,8 +409,8 @@ def test_wherever_it_is_stopped_the_text_goes_on_as_if_nothing_had_been_drafted(
         with closing(steps(looped, draft, cache=cache, length=4)) as stream:
             given = [next(stream)[0] for _ in range(count)]
         text = [*PROMPT, *given]
-        held = position(cache[0])
-        assert {c.offset for entry in cache for c in histories(entry)} == {held}
+        held = tokens_seen(cache)
+        assert {leaf.offset for leaf in leaves(cache)} == {held}
         assert len(PROMPT) <= held <= len(text)
         if held == len(text):
             for entry in cache:
@@ -439,7 +436,7 @@ def test_an_exception_in_a_round_leaves_what_was_given_out(looped):
             given.extend(token for token, *_ in stream)
     finally:
         layers[3] = layer
-    held = position(cache[0])
+    held = tokens_seen(cache)
     rest = plain(looped, [*PROMPT, *given][held:], 12 - len(given), prompt_cache=cache)
     assert [*given, *rest] == expected
 
@@ -456,7 +453,7 @@ def test_a_conversation_goes_on_after_an_interruption(demo, draft):
         for _ in range(7):
             next(stream)
         stream.close()
-        assert position(talk._cache[0]) == len(talk._tokens)
+        assert tokens_seen(talk._cache) == len(talk._tokens)
         list(talk.reply("What is my name?", max_tokens=8, **settings))
         answers.append(talk.messages)
     assert answers[0] == answers[1]

@@ -24,7 +24,8 @@ from ..config import LoopConfig
 from ..conversation import Interrupted
 from ..errors import INTERRUPTED, USER_ERROR, UserError
 from ..files import whole_file
-from ..loop import Looped, layer_passes
+from ..loop import layer_passes
+from ..looped import Looped
 from ..memory import prefill_step
 from ..options import (
     SETTINGS,

@@ -23,6 +23,7 @@ from ..evaluate.drift import DRIFT, measure, traced
 from ..evaluate.harness import Harness, answer_tasks
 from ..evaluate.report import HEADER, conclusion, overall_rows, write
 from ..evaluate.run import RESULTS, Study, answer_all, examples, item_name
+from ..loading import find
 from ..memory import prefill_step
 from ..options import axes_from, combinations, load_with_start
 from ..sweep import Results
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         args.limit,
         args.batch_size,
         args.lengths,
-        str(model.path),
+        str(find(args.model)),
         args.chat_template_config,
     )
     with interruptible() as stop, _progress() as progress:

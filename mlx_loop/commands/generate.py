@@ -13,7 +13,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..conversation import Interrupted
 from ..errors import INTERRUPTED, UserError
 from ..generation import encode, stream_generate
-from ..loop import Looped, layer_passes
+from ..loop import layer_passes
+from ..looped import Looped
 from ..options import DRAFTS, draft_from, generation_from, load_from, prefill_step_from
 from ..prompt_cache import load_prompt_cache
 from ..terminal import err, interruptible, numbers, out, prompt_progress

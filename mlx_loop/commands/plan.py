@@ -13,12 +13,13 @@ from ..config import CHOICES, LoopConfig
 from ..errors import UserError
 from ..hub import hollow
 from ..loading import DEMOS, find, open_checkpoint
-from ..loop import Looped
+from ..looped import Looped
 from ..macs import BANDWIDTH, SIZES
 from ..memory import (
     GIB,
     Footprint,
     prefill_step,
+    reads_quantised_cache,
     usable,
 )
 from ..options import apply_loop
@@ -79,7 +80,7 @@ def _print_weights(
     limit = usable(args.ram * GIB)
     table = _table("weights", "bits each", "size", f"context on {args.ram} GB", "with kv 4 bits")
     for name, footprint in footprints.items():
-        kv4 = _tokens(footprint.longest(limit, 4)) if model.quantised_cache else "-"
+        kv4 = _tokens(footprint.longest(limit, 4)) if reads_quantised_cache(model) else "-"
         table.add_row(
             name,
             f"{footprint.bits_per_weight:.2f}",
@@ -99,14 +100,14 @@ def _print_cache(model: Looped) -> None:
         footprint = Footprint(view, fused=True)
         row = [
             f"{footprint.cache(256_000, bits) / 256 / 1e6:.1f}"
-            if bits is None or model.quantised_cache
+            if bits is None or reads_quantised_cache(model)
             else "-"
             for bits in KV_BITS
         ]
         table.add_row(policy, *row)
     out.print(table)
     footprint = Footprint(model, fused=True)
-    for bits in (None, 4) if model.quantised_cache else (None,):
+    for bits in (None, 4) if reads_quantised_cache(model) else (None,):
         step = prefill_step(bits)
         out.print(
             f"a prompt, {step} tokens at a time{'' if bits is None else ', kv 4 bits'}, at 8192 "

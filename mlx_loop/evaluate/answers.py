@@ -1,7 +1,7 @@
 """Greedy answers to a batch of prompts under several loop settings at once.
 
 What settings share of the prompt, the layers below their windows, is computed once
-(`loop.forward`). Prompt and answer are fed in the same pieces as by mlx-lm: chunks, the last
+(`together`). Prompt and answer are fed in the same pieces as by mlx-lm: chunks, the last
 prompt token alone, then one token at a time; rows that have ended leave the batch. All rows of a
 batch are in the same phase, so every `decode` setting works.
 """
@@ -15,7 +15,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import generation_stream, wired_limit
 
-from ..loop import Looped, forward, part, share
+from ..looped import Looped
+from ..together import states
 
 
 def answer_batch(
@@ -32,40 +33,42 @@ def answer_batch(
 
     Args:
         views: of one model, as `comparison.distinct` makes them.
-        prompts: token ids, at least one each. Shorter ones are padded on the left.
+        prompts: token ids, at least one each. Shorter ones are padded, as mlx-lm does it.
         ends: tokens that end an answer.
         step: prompt tokens processed at a time.
     """
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    tokens = mx.array([[0] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)])
-    caches: list[list[Any]] = [_batched(view, padding) for view in views]
+    lengths = [len(prompt) - 1 for prompt in prompts]
+    padding = [max(lengths) - length for length in lengths]
+    rows = [[*prompt[:-1], *[0] * pad] for prompt, pad in zip(prompts, padding, strict=True)]
+    tokens, last = mx.array(rows, mx.int32), mx.array([prompt[-1:] for prompt in prompts])
+    caches: list[list[Any]] = [_batched(view, lengths, padding) for view in views]
     with wired_limit(views[0], [generation_stream]), mx.stream(generation_stream):  # type: ignore[list-item]
         seconds = [0.0] * len(views)
-        share(views, caches)
-        for begin in range(0, longest - 1, step):
-            forward(views, tokens[:, begin : min(begin + step, longest - 1)], caches)
+        for begin in range(0, max(lengths), step):
+            states(views, tokens[:, begin : begin + step], caches)
             for i, cache in enumerate(caches):
                 start = time.perf_counter()
                 mx.eval([entry.state for entry in cache])
                 seconds[i] += time.perf_counter() - start
             mx.clear_cache()
-        part(views, caches)
         for i, view in enumerate(views):
             start = time.perf_counter()
-            answers = _decode(view, caches[i], tokens[:, -1:], ends, max_tokens)
+            if any(padding):
+                for entry in caches[i]:
+                    entry.finalize()
+            answers = _decode(view, caches[i], last, ends, max_tokens)
             caches[i] = []
             mx.clear_cache()
             yield i, answers, seconds[i] + time.perf_counter() - start
 
 
-def _batched(view: Looped, padding: Sequence[int]) -> list[Any]:
-    """An empty cache for rows with so much padding on the left."""
+def _batched(view: Looped, lengths: Sequence[int], padding: Sequence[int]) -> list[Any]:
+    """An empty cache for rows of such lengths with so much padding on the right."""
     rows = [view.new_cache() for _ in padding]
     batch = [entries[0].merge(list(entries)) for entries in zip(*rows, strict=True)]
     if any(padding):
         for entry in batch:
-            entry.prepare(left_padding=list(padding))
+            entry.prepare(lengths=list(lengths), right_padding=list(padding))
     return batch
 
 

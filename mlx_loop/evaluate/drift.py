@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..loop import Looped
+from ..looped import Looped
 from ..sweep import Results
 from ..trace import mean, trace
 from . import ruler

@@ -14,7 +14,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UserError
-from ..loop import Looped
+from ..looped import Looped
 from ..sweep import Results
 
 

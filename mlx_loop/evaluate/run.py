@@ -20,7 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UserError
 from ..files import whole_file
-from ..loop import Looped
+from ..looped import Looped
 from ..sweep import Results, fingerprint
 from . import ruler
 from .answers import answer_batch

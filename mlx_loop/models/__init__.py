@@ -1,46 +1,56 @@
-"""Looped model classes, by mlx-lm's model type."""
+"""Looped model classes, one for each model class of mlx-lm."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import cache, wraps
+from importlib.metadata import version
 from typing import Any
 
-from mlx_lm.utils import MODEL_REMAPPING
-
 from ..errors import UserError
-from ..loop import Looped
-from .dense import Llama, Qwen2, Qwen3
-from .mla_moe import DeepseekV2, DeepseekV3
-from .moe import GptOss, Mixtral, Olmoe, Qwen2MoE, Qwen3MoE
-
-MODELS: dict[str, type[Looped]] = {
-    "llama": Llama,
-    "qwen2": Qwen2,
-    "qwen3": Qwen3,
-    "qwen2_moe": Qwen2MoE,
-    "qwen3_moe": Qwen3MoE,
-    "mixtral": Mixtral,
-    "olmoe": Olmoe,
-    "gpt_oss": GptOss,
-    "deepseek_v2": DeepseekV2,
-    "deepseek_v3": DeepseekV3,
-}
+from ..looped import Looped
+from ..upstream import REMAPPING, model_classes, model_types
 
 
 def supported() -> list[str]:
     """Model types as config.json names them."""
-    return sorted(MODELS.keys() | {name for name, to in MODEL_REMAPPING.items() if to in MODELS})
+    return sorted({*model_types(), *REMAPPING})
 
 
-def get_classes(config: dict[str, Any]) -> tuple[type[Looped], type]:
+def get_classes(config: Mapping[str, Any]) -> tuple[type[Looped], type]:
     """mlx-lm's `get_model_classes` hook: config.json -> (model class, arguments class).
 
     Raises:
-        UserError: a model type that cannot loop; the message lists those that can.
+        UserError: a model type that mlx-lm does not run.
     """
     model_type = config.get("model_type", "")
-    cls = MODELS.get(MODEL_REMAPPING.get(model_type, model_type))
-    if cls is None:
+    if model_type not in supported():
+        near = get_close_matches(str(model_type), supported(), 5)
         raise UserError(
-            f"model type {model_type!r} is not supported; supported are {', '.join(supported())}"
+            f"model type {model_type!r} is none of the {len(supported())} that mlx-lm "
+            f"{version('mlx-lm')} runs" + (f"; near it are {', '.join(near)}" if near else "")
         )
-    return cls, cls.args_class
+    name = REMAPPING.get(model_type, model_type)
+    return looped_class(name), model_classes(name)[1]
+
+
+@cache
+def looped_class(model_type: str) -> type[Looped]:
+    """mlx-lm's model class of a type, with `Looped` in front."""
+    base, _ = model_classes(model_type)
+
+    # mlx-lm looks at the names of the arguments.
+    @wraps(base.__call__)
+    def call(self: Looped, *args: Any, **kwargs: Any) -> Any:
+        return Looped.__call__(self, *args, **kwargs)
+
+    members = {"__call__": call, "__doc__": base.__doc__, "__module__": __name__}
+    return type(model_type, (Looped, base), members)
+
+
+def __getattr__(name: str) -> type[Looped]:
+    """So that models can be pickled: a class is found by its model type."""
+    if name not in model_types():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return looped_class(name)
