@@ -82,7 +82,8 @@ class _Ends:
 
 @lru_cache(maxsize=64)
 def _squares(guard: Guard) -> mx.array:
-    return mx.array((guard.growth, *guard.band), dtype=mx.float32) ** 2
+    # Not an operation: what is pending belongs to the thread that asked for it.
+    return mx.array([x**2 for x in (guard.growth, *guard.band)], dtype=mx.float32)
 
 
 @partial(mx.compile, shapeless=True)

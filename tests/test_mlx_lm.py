@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+import threading
 
 import mlx.core as mx
+import mlx_lm
 import pytest
 from conftest import make, relative_error, tokens
 from mlx.utils import tree_flatten
@@ -21,7 +24,8 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
-from mlx_loop import LoopConfig
+import mlx_loop
+from mlx_loop import Guard, LoopConfig
 from mlx_loop.cache import leaves
 
 POLICIES = ("first", "last", "own")
@@ -259,3 +263,54 @@ def test_adapters_apply_to_a_looped_model_and_all_its_views(tmp_path):
     assert not mx.allclose(view(text), before)
     source.load_weights(list(adapters.items()), strict=False)
     assert mx.array_equal(view(text), source.with_loop(LoopConfig(loops=3))(text))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_can_be_copied_and_pickled(looped, again):
+    other = again(looped)
+    assert (type(other), other.loop) == (type(looped), looped.loop)
+    text = tokens(1, 8)
+    assert mx.array_equal(other(text), looped(text))
+    other.model.embed_tokens.weight = mx.zeros_like(other.model.embed_tokens.weight)
+    assert not mx.array_equal(other(text), looped(text))
+
+
+@pytest.mark.parametrize("loop", [None, LoopConfig(loops=3)])
+def test_make_cache_can_be_replaced(model, loop):
+    view, other = model.with_loop(loop), model.with_loop(loop)
+    view.make_cache = lambda: other.new_cache(16)
+    assert {entry.max_size for entry in make_prompt_cache(view)} == {16}
+    assert generated(view, max_tokens=20) == generated(other, max_tokens=20, max_kv_size=16)
+
+
+def test_max_kv_size_is_honoured_by_mlx_lms_own_functions_under_own(model):
+    looped = model.with_loop(LoopConfig(loops=3, cache="own"))
+    cache = make_prompt_cache(looped, max_kv_size=16)
+    assert {leaf.max_size for leaf in leaves(cache)} == {16}
+    assert generated(looped, max_kv_size=16, max_tokens=20) == generated(
+        looped, prompt_cache=cache, max_tokens=20
+    )
+    assert generated(looped, max_kv_size=16, max_tokens=20) != generated(looped, max_tokens=20)
+
+
+def test_a_model_loaded_in_one_thread_answers_in_another():
+    loop = LoopConfig(loops=3, guard=Guard())
+    found = {}
+
+    def load():
+        found["model"] = mlx_loop.load("demo", loop=loop)
+
+    def generate():
+        found["text"] = mlx_lm.generate(*found["model"], "hello", max_tokens=4)
+
+    for work in (load, generate):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    model, tokenizer = found["model"]
+    assert found["text"] == mlx_lm.generate(model, tokenizer, "hello", max_tokens=4)
+
+
+def test_loading_counts_no_token_of_the_guards():
+    model = mlx_loop.load_model("demo", loop=LoopConfig(loops=3, guard=Guard()))
+    assert model.take_firings() == (0, 0)

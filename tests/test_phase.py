@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import mlx.core as mx
 import pytest
 from conftest import tokens
-from mlx_lm.generate import batch_generate, generate_step, speculative_generate_step
+from mlx_lm.generate import (
+    batch_generate,
+    generate_step,
+    maybe_quantize_kv_cache,
+    speculative_generate_step,
+)
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_loop import LoopConfig, UserError
@@ -80,19 +87,13 @@ def test_a_bypassed_token_keeps_the_entries_of_its_plain_pass(model, text, polic
     cache = make_prompt_cache(looped)
     looped(text[:, :PROMPT], cache=cache)
     looped.begin_decode(cache)
-    copies = [copy_of(entry) for entry in cache]
+    copies = copy.deepcopy(cache)
     looped(text[:, PROMPT : PROMPT + 1], cache=cache)
     model(text[:, PROMPT : PROMPT + 1], cache=copies)
     for entry, other in zip(cache, copies, strict=True):
         assert mx.array_equal(
             entry.keys[..., : entry.offset, :], other.keys[..., : other.offset, :]
         )
-
-
-def copy_of(entry):
-    import copy
-
-    return copy.deepcopy(entry)
 
 
 def test_under_own_a_bypassed_token_stands_in_every_history(model, text):
@@ -176,3 +177,17 @@ def test_speculative_decoding_knows_the_phase_of_each_drafted_token(model):
     cache = make_prompt_cache(looped) + make_prompt_cache(model)
     found = generated(speculative_generate_step, cache, draft_model=model, num_draft_tokens=3)
     assert found == expected
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_was_said_survives_the_quantisation_of_the_cache(model, text, policy):
+    # KV quantisation puts another entry in the place of the one that was told of.
+    looped = model.with_loop(LoopConfig(loops=3, cache=policy, decode="bypass"))
+    cache = make_prompt_cache(looped)
+    looped(text[:, :PROMPT], cache=cache)
+    looped.begin_decode(cache)
+    maybe_quantize_kv_cache(cache, 0, 32, 8)
+    other = copy.deepcopy(cache)
+    found = looped(text[:, PROMPT : PROMPT + 1], cache=cache)
+    expected = never_looping(model, policy)(text[:, PROMPT : PROMPT + 1], cache=other)
+    assert mx.array_equal(found, expected)
