@@ -21,7 +21,7 @@ from rich.table import Table
 import mlx_loop
 from mlx_loop import LoopConfig
 from mlx_loop.comparison import compare, distinct
-from mlx_loop.loop import Looped
+from mlx_loop.looped import Looped
 
 SETTINGS = [LoopConfig(loops=k) for k in (2, 3, 4, 6)]
 STORY = "Tell me a story."

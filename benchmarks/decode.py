@@ -27,7 +27,8 @@ from skills import markdown
 
 import mlx_loop
 from mlx_loop import LoopConfig
-from mlx_loop.loop import Looped, layer_passes
+from mlx_loop.loop import layer_passes
+from mlx_loop.looped import Looped
 from mlx_loop.models import get_classes
 
 COMMON = {
@@ -195,7 +196,7 @@ def main() -> None:
     print(f"{model.model_type}, {layers} layers, {args.pairs} pairs\n")
     print(markdown([*header, "peak memory"], rows))
     print("\nfactor: time over passes; peak memory: without own's histories; both against mlx-lm")
-    if model.moe is not None:
+    if model.anatomy.mixes_experts:
         views = model.with_loop(FROZEN), model.with_loop(LIVE)
         ratio, low, high = median_ratio(*views, prompt, args.pairs)
         print(f"K = 8, frozen over live routing: {ratio:.3f} [{low:.3f}, {high:.3f}]")

@@ -24,7 +24,7 @@ from rich.table import Table
 import mlx_loop
 from mlx_loop import Guard, LoopConfig
 from mlx_loop.loading import DEMOS
-from mlx_loop.loop import Looped
+from mlx_loop.looped import Looped
 from mlx_loop.significance import wilson
 from mlx_loop.sweep import QUESTIONS, is_right, read_task
 

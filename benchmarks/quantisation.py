@@ -32,7 +32,7 @@ from skills import change, markdown, read_questions, share
 import mlx_loop
 from mlx_loop import LoopConfig
 from mlx_loop.loading import DEMOS, open_checkpoint, quantization_for
-from mlx_loop.loop import Looped
+from mlx_loop.looped import Looped
 from mlx_loop.memory import bits_per_weight
 from mlx_loop.quantise import Quantization, choose, evaluate, pieces
 

@@ -27,7 +27,8 @@ from scipy.stats import binomtest, bootstrap
 import mlx_loop
 from mlx_loop import LoopConfig
 from mlx_loop.loading import DEMOS
-from mlx_loop.loop import Looped, layer_passes
+from mlx_loop.loop import layer_passes
+from mlx_loop.looped import Looped
 from mlx_loop.sweep import QUESTIONS, is_right
 
 LOOPS = (2, 4, 8)
@@ -41,14 +42,14 @@ def settings_for(model: Looped) -> dict[str, LoopConfig | None]:
     for integrator in CURVES:
         for k in LOOPS:
             settings[f"{integrator}, K = {k}"] = LoopConfig(integrator=integrator, loops=k)
-    other = "layer" if model.family == "dense" else "block"
+    other = "layer" if not model.anatomy.mixes_experts else "block"
     settings |= {
         "rk4, K = 2": LoopConfig(integrator="rk4", loops=2),
         f"anchored, K = 4, {other} scope": LoopConfig(loops=4, scope=other),
         "anchored, K = 4, cache last": LoopConfig(loops=4, cache="last"),
         "anchored, K = 4, cache own": LoopConfig(loops=4, cache="own"),
     }
-    if model.moe is not None:
+    if model.anatomy.mixes_experts:
         settings["anchored, K = 4, live routing"] = LoopConfig(loops=4, routing="live")
         settings["naive, K = 4, live routing"] = LoopConfig(
             integrator="naive", loops=4, routing="live"

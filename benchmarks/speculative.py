@@ -32,8 +32,9 @@ from rich.console import Console
 from rich.progress import track
 
 import mlx_loop
-from mlx_loop import LoopConfig
-from mlx_loop.loop import Looped, layer_passes
+from mlx_loop import LoopConfig, halves
+from mlx_loop.loop import layer_passes
+from mlx_loop.looped import Looped
 from mlx_loop.sampling import Sampler
 from mlx_loop.speculative import (
     Drafter,
@@ -299,7 +300,7 @@ def tie(model: Looped, text: Sequence[int], start: int) -> tuple[float, float]:
             model(mx.array([[token]]), cache=cache)
         rest = mx.array([text[split:]])
         if together and rest.shape[1] > 1:
-            out = model.leave_looped(model.enter(rest, cache), cache)
+            out = halves.looped(model, rest, cache, halves.enter(model, rest, cache))
         else:
             out = [model(rest[:, i : i + 1], cache=cache) for i in range(rest.shape[1])][-1]
         logits.append(out[0, -1].astype(mx.float32))

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import CacheList, ChunkedKVCache, KVCache, QuantizedKVCache
 from mlx_lm.utils import get_total_parameters
 
 from .anatomy import find, with_layers
@@ -90,7 +90,10 @@ class History:
         if keys is None or values is None:
             return cls(state=cache.nbytes)
         numbers = keys.shape[1] * keys.shape[3] + values.shape[1] * values.shape[3]
-        limit = cache.max_size if isinstance(cache, RotatingKVCache) else None
+        limit = getattr(cache, "max_size", None)
+        if isinstance(cache, ChunkedKVCache):
+            # It grows in steps, and is cut back to a chunk when the next one begins.
+            limit = cache.chunk_size + CACHE_STEP
         return cls(numbers, keys.dtype.size, limit, head=(keys.shape[3], values.shape[3]))
 
     def nbytes(self, tokens: int, kv_bits: int | None = None, kv_group_size: int = 64) -> int:
@@ -326,7 +329,7 @@ def _note(used: dict[str, int], name: str, chosen: mx.array) -> None:
 
 def _number(model: Looped, *names: str) -> int:
     """An argument of the model's, or its text model's, by one of its names; 0: it has none."""
-    args: Any = getattr(model, "args", None)
+    args: Any = getattr(model, "args", None) or getattr(model, "config", None)
     inner = getattr(args, "text_config", None)
     for values in (vars(args), inner if isinstance(inner, dict) else vars(inner) if inner else {}):
         found = next((values[name] for name in names if isinstance(values.get(name), int)), None)

@@ -29,6 +29,7 @@ from .errors import UserError
 from .loop import Natural, layer_passes
 from .looped import Looped
 from .sampling import Sampler
+from .upstream import NOT_CAUSAL
 
 # The most tokens to draft at a time, and the lengths of the n-grams that `LookupDraft` looks up.
 NUM_DRAFT_TOKENS = 8
@@ -226,14 +227,17 @@ def check(model: Looped, cache: Sequence[Any]) -> None:
 
 
 def _check_layers(model: Looped, loop: LoopConfig) -> None:
-    layers = model.anatomy.layers
-    for i in range(loop.layers.stop):
-        looped = i in loop.layers
-        if layers[i].results > 1 or (looped and layers[i].entries and layers[i].mask is None):
-            raise UserError(
-                f"drafting does not work with the model type {model.model_type!r}, whose layers "
-                "hand on more than a state: use no draft"
-            )
+    layers, nested = model.anatomy.layers, model.anatomy.nested
+    # What several caches of a layer mean together, `cache.FirstSideBySide` does not know.
+    lists = loop.cache == "first" and any(nested[e] for i in loop.layers for e in layers[i].entries)
+    several = lists or any(layer.results > 1 for layer in layers[: loop.layers.stop])
+    unmasked = any(layers[i].entries and layers[i].mask is None for i in loop.layers)
+    kinds = {layer.path[:-1] for layer in layers}
+    if several or unmasked or len(kinds) > 1 or model.model_type in NOT_CAUSAL:
+        raise UserError(
+            f"drafting does not work with the model type {model.model_type!r}: its layers hand on "
+            "more than a state and one cache each, or see later tokens; use no draft"
+        )
 
 
 def _check_cache(cache: Sequence[Any]) -> None:

@@ -42,6 +42,8 @@ def _need(name: str) -> Any:
 REMAPPING: dict[str, str] = _need("utils:MODEL_REMAPPING")
 # What holds all experts of a layer, called with states and the numbers of the chosen ones.
 EXPERTS = (_need("models.switch_layers:SwitchGLU"), _need("models.switch_layers:SwitchMLP"))
+# Types whose mask lets a token see later ones of the same call.
+NOT_CAUSAL = ("phi3small",)
 download: Callable[..., Path] = _need("utils:_download")
 
 
@@ -52,7 +54,7 @@ def model_types() -> list[str]:
         name
         for folder in files
         for _, name, _ in iter_modules([str(folder)])
-        if "\nclass ModelArgs(" in (folder / f"{name}.py").read_text()
+        if "\nclass ModelArgs" in (folder / f"{name}.py").read_text()
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -12,9 +14,18 @@ from mlx_lm.models.cache import make_prompt_cache
 from reference import Reference, plain
 from zoo import TYPES, build
 
-from mlx_loop import LoopConfig, UserError
+from mlx_loop import LoopConfig, UserError, halves
 from mlx_loop.anatomy import with_layers
+from mlx_loop.cache import leaves
+from mlx_loop.loop import Natural
+from mlx_loop.memory import Footprint
 from mlx_loop.routing import watch_experts
+from mlx_loop.speculative import check
+from mlx_loop.upstream import model_types
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import models_table  # noqa: E402
 
 REFUSED = {
     "deepseek_v41": "share a LayerCache",
@@ -156,6 +167,45 @@ def test_frozen_routing_repeats_the_experts_of_the_natural_pass(model):
         for passes in chosen["live"].values()
         for indices in passes
     )
+
+
+@pytest.mark.parametrize("policy", ["first", "own"])
+def test_drafts_are_checked_as_if_each_token_had_been_fed_alone(model, policy):
+    looped = model.with_loop(LoopConfig(window=WINDOW, loops=2, cache=policy))
+    try:
+        check(looped, looped.new_cache())
+    except UserError as refused:
+        pytest.skip(str(refused))
+    alone, together = looped.new_cache(), looped.new_cache()
+    for cache in (alone, together):
+        looped(TEXT[:, :PROMPT], cache=cache)
+    drafts = [TEXT[:, i : i + 1] for i in range(PROMPT, PROMPT + 3)]
+    expected = mx.concatenate([looped(draft, cache=alone) for draft in drafts], axis=1)
+    parts = [halves.plain(looped, draft, together)[1] for draft in drafts[:-1]]
+    parts.append(halves.enter(looped, drafts[-1], together))
+    found = halves.looped(looped, mx.concatenate(drafts, 1), together, Natural.join(parts))
+    assert relative_error(found, expected) < 1e-5
+    after = TEXT[:, PROMPT + 3 : PROMPT + 4]
+    assert relative_error(looped(after, cache=together), looped(after, cache=alone)) < 1e-5
+
+
+@pytest.mark.parametrize("policy", ["first", "own"])
+def test_what_the_plan_says_of_caches_is_what_they_take(model, policy):
+    looped = model.with_loop(LoopConfig(window=WINDOW, loops=2, cache=policy))
+    cache, footprint = looped.new_cache(), Footprint(looped)
+    fed(looped, (PROMPT,), cache=cache)
+    taken = sum(leaf.nbytes for leaf in leaves(cache))
+    # Chunks are cut back only as the next one begins, and a memory of n-grams has a few numbers.
+    rough = model.model_type in ("llama4", "longcat_flash_ngram")
+    assert footprint.cache(TEXT.shape[1]) == pytest.approx(taken, rel=0.05 if rough else 0)
+    assert footprint.longest(1 << 40) > 0
+    assert footprint.read_per_token(1) > 0
+
+
+@pytest.mark.parametrize("name", model_types())
+def test_the_table_in_docs_says_what_is_true(name):
+    table = (ROOT / "docs" / "models.md").read_text()
+    assert models_table.line(models_table.row(name)) in table.splitlines()
 
 
 def test_a_copy_is_a_model_of_its_own(model):

@@ -1,0 +1,176 @@
+"""What is assumed of mlx-lm beyond its documented interface: one test for each assumption."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import relative_error, tokens
+from mlx_lm.generate import generate_step, maybe_quantize_kv_cache
+from mlx_lm.models import cache as caches
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+from zoo import build
+
+import mlx_loop
+from mlx_loop import LoopConfig, UserError, upstream
+
+
+def written(cache, length, at=0):
+    keys = mx.random.normal((2, 2, length, 32), key=mx.random.key(at))
+    cache.update_and_fetch(keys, 2 * keys)
+    return cache
+
+
+def test_a_name_that_mlx_lm_no_longer_has_is_told_in_one_line():
+    with pytest.raises(UserError, match=r"mlx-lm 0\..* has no utils:_gone.*pip install"):
+        upstream._need("utils:_gone")
+
+
+def test_nothing_private_of_mlx_lm_is_reached_from_another_module():
+    package = Path(mlx_loop.__file__).parent
+    private = re.compile(r"mlx_lm[\w.]*\._\w|\.(_idx|_offset|_lengths|_temporal_order|rotated)\b")
+    found = [
+        f"{file.relative_to(package)}: {line.strip()}"
+        for file in package.rglob("*.py")
+        if file.name != "upstream.py"
+        for line in file.read_text().splitlines()
+        if private.search(line)
+    ]
+    assert found == []
+
+
+def test_every_cache_derives_from_base_cache():
+    # _BaseCache
+    classes = [c for c in vars(caches).values() if isinstance(c, type) and "Cache" in c.__name__]
+    assert sum(issubclass(c, upstream.BaseCache) for c in classes) >= 10
+    assert {c.__name__ for c in classes if not issubclass(c, upstream.BaseCache)} == {
+        "LRUPromptCache"
+    }
+
+
+def test_rotating_caches_keep_four_leading_tokens(model):
+    # make_prompt_cache
+    assert caches.make_prompt_cache(model, 16)[0].keep == upstream.ROTATING_KEEP
+
+
+@pytest.mark.parametrize(
+    ("cache", "length", "expected"),
+    [
+        (caches.KVCache(), 3, 3),
+        (caches.QuantizedKVCache(group_size=32), 3, 3),
+        (caches.RotatingKVCache(4), 9, 9),
+        (caches.BatchKVCache([1, 0]), 3, 3),  # _idx
+        (caches.BatchRotatingKVCache(4, [1, 0]), 9, 9),  # _offset
+        (caches.ChunkedKVCache(4), 9, 9),
+    ],
+)
+def test_position_is_how_many_tokens_were_written(cache, length, expected):
+    assert upstream.position(written(cache, length)) == expected
+
+
+def test_recurrent_state_does_not_count_tokens_and_a_list_counts_by_its_members():
+    assert upstream.position(caches.ArraysCache(2)) is None
+    both = caches.CacheList(caches.ArraysCache(2), written(caches.KVCache(), 3))
+    assert upstream.position(both) == 3
+
+
+@pytest.mark.parametrize("before", [3, 8, 11])
+@pytest.mark.parametrize(
+    "cache",
+    [lambda: caches.RotatingKVCache(8, 2), lambda: caches.BatchRotatingKVCache(8, [1, 0])],
+)
+def test_one_step_back_undoes_one_token(cache, before):
+    # trim, rotated, left_padding
+    found, expected = cache(), cache()
+    for other in (found, expected):
+        for i in range(before):
+            written(other, 1, i)
+    written(found, 1, 98)
+    upstream.one_step_back(found)
+    for other in (found, expected):
+        written(other, 1, 99)
+    for name, value in vars(expected).items():
+        same = mx.array_equal if isinstance(value, mx.array) else lambda a, b: a == b
+        assert same(getattr(found, name), value), name
+
+
+def test_a_snapshot_is_not_harmed_by_later_writes_and_copies_nothing():
+    cache = written(caches.KVCache(), 3)
+    mx.eval(cache.state[:2])
+    before, keys = mx.get_active_memory(), mx.array(cache.keys)
+    kept = upstream.snapshot(cache)
+    mx.eval(kept["keys"])
+    assert mx.get_active_memory() == before
+    written(cache, 2, 1)
+    upstream.restore(cache, kept)
+    assert cache.offset == 3
+    assert mx.array_equal(cache.keys, keys)
+
+
+def test_prompt_cache_files_look_classes_up_by_name(tmp_path):
+    # globals()[name] in load_prompt_cache
+    file = str(tmp_path / "cache.safetensors")
+    for ours in (upstream.KVCache(), upstream.CacheList(caches.KVCache(), caches.KVCache())):
+        for leaf in getattr(ours, "caches", (ours,)):
+            written(leaf, 3)
+        caches.save_prompt_cache(file, [ours])
+        (loaded,) = caches.load_prompt_cache(file)
+        assert type(loaded).__name__ == type(ours).__name__
+        assert type(loaded).__module__ == caches.__name__
+
+
+def test_quantising_a_cache_replaces_the_entry_and_keeps_its_mark():
+    # maybe_quantize_kv_cache: to_quantized, offset
+    for entry in (caches.KVCache(), upstream.CacheList(caches.KVCache(), caches.KVCache())):
+        for leaf in getattr(entry, "caches", (entry,)):
+            written(leaf, 3)
+        cache = [entry]
+        upstream.mark(cache, "here")
+        maybe_quantize_kv_cache(cache, 0, 32, 8)
+        assert cache[0] is not entry
+        assert upstream.marked(cache) == "here"
+        maybe_quantize_kv_cache(cache, 0, 32, 8)  # What is quantised stays as it is.
+        assert upstream.marked(cache) == "here"
+
+
+def test_the_call_that_asks_for_a_cache_is_known(model):
+    # make_prompt_cache: its name, its argument max_kv_size, and that it calls make_cache
+    asked = []
+
+    class Asking:
+        layers = model.layers
+
+        def make_cache(self):
+            asked.append(upstream.request())
+            return [caches.KVCache() for _ in self.layers]
+
+    caches.make_prompt_cache(Asking(), max_kv_size=7)
+    view = model.with_loop(LoopConfig(loops=2))
+    view.make_cache = Asking().make_cache
+    next(generate_step(tokens(1, 4)[0], view, max_tokens=1, max_kv_size=9))
+    assert asked == [upstream.Request(7, False), upstream.Request(9, True)]
+    assert upstream.request() == upstream.Request()
+
+
+@pytest.mark.parametrize("name", upstream.NOT_CAUSAL)
+def test_a_type_that_is_not_causal(name):
+    model, text = build(name), tokens(1, 9)
+    assert relative_error(model(text[:, :8]), model(text)[:, :8]) > 1e-3
+
+
+def test_model_types_are_the_files_of_mlx_lm():
+    types = upstream.model_types()
+    assert {"llama", "qwen3", "gemma3_text", "lfm2-vl", "nemotron-nas"} < set(types)
+    assert not {"base", "cache", "rope_utils", "switch_layers"} & set(types)
+    assert set(upstream.REMAPPING.values()) <= set(types)
+
+
+def test_experts_are_called_with_states_and_numbers():
+    # SwitchGLU, SwitchMLP: up_proj or fc1, num_experts, output_dims
+    for kind, first in ((SwitchGLU, "up_proj"), (SwitchMLP, "fc1")):
+        assert kind in upstream.EXPERTS
+        experts = kind(32, 16, 4)
+        assert (experts[first].num_experts, experts[first].output_dims) == (4, 16)
+        assert experts(mx.zeros((1, 3, 32)), mx.zeros((1, 3, 2), mx.uint32)).shape == (1, 3, 2, 32)
