@@ -1,6 +1,6 @@
 """Looped logits of released models against PyTorch: transformers' own layers, looped by hooks.
 
-    python benchmarks/released.py FOLDER [FOLDER ...]
+    python benchmarks/released.py FOLDER [FOLDER ...] > table.md
 
 Needs torch and transformers (the `train` extra). A folder holds a checkpoint that transformers
 reads. The PyTorch side knows nothing of this package: a pass over the window is a whole forward
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from skills import markdown
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mlx_loop
@@ -127,7 +128,8 @@ class Loop:
         self.instead_out = {last: state for (_, last), state in done.items()}
         if self.loop is not None and self.loop.cache == "last":
             self.instead_in |= {first: state for (first, _), state in done.items()}
-        out = self.model(tokens, past_key_values=cache, use_cache=True)
+        with warnings.catch_warnings(action="ignore"):  # transformers renames this argument.
+            out = self.model(tokens, past_key_values=cache, use_cache=True)
         return out.logits, out.past_key_values
 
 
@@ -168,12 +170,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     args = parser.parse_args()
-    table = Table("model", "settings", "prompt", "decoded", title="largest difference, relative")
-    for folder in args.folders:
-        for name, prompt, decoded in compare(folder):
-            table.add_row(folder.name, name, f"{prompt:.1e}", f"{decoded:.1e}")
-        table.add_section()
-    Console(width=120).print(table)
+    rows = [
+        [folder.name, name, f"{prompt:.1e}", f"{decoded:.1e}"]
+        for folder in args.folders
+        for name, prompt, decoded in compare(folder)
+    ]
+    print(markdown(["model", "settings", "prompt", "decoded"], rows))
 
 
 if __name__ == "__main__":
