@@ -128,7 +128,8 @@ class Loop:
         self.instead_out = {last: state for (_, last), state in done.items()}
         if self.loop is not None and self.loop.cache == "last":
             self.instead_in |= {first: state for (first, _), state in done.items()}
-        with warnings.catch_warnings(action="ignore"):  # transformers renames this argument.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # transformers renames this argument.
             out = self.model(tokens, past_key_values=cache, use_cache=True)
         return out.logits, out.past_key_values
 

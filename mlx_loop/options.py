@@ -168,7 +168,9 @@ SETTINGS: dict[str, Setting] = {
     "routing": _choice("routing", "choose experts in each pass, or as the plain pass chose them"),
     "norm": _choice("norm", "interpolated: iterates follow the norm of the plain pass"),
     "cache": _choice(
-        "cache", "keys and values to keep: of the first pass, a last one, or own for each pass"
+        "cache",
+        "keys and values to keep: of the first pass, a last one (an answer then depends on whether "
+        "its prompt was processed at once or turn by turn), or own for each pass",
     ),
     "decode": Setting(
         _decode,
