@@ -8,6 +8,7 @@ from mlx_lm.utils import MODEL_REMAPPING
 
 from ..errors import UserError
 from ..loop import Looped
+from ..rope import reader
 from .dense import Llama, Qwen2, Qwen3
 from .mla_moe import DeepseekV2, DeepseekV3
 from .moe import GptOss, Mixtral, Olmoe, Qwen2MoE, Qwen3MoE
@@ -43,4 +44,4 @@ def get_classes(config: dict[str, Any]) -> tuple[type[Looped], type]:
         raise UserError(
             f"model type {model_type!r} is not supported; supported are {', '.join(supported())}"
         )
-    return cls, cls.args_class
+    return cls, reader(cls.args_class)
