@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..looped import Looped
+from ..rope import reader
 from ..upstream import REMAPPING, model_classes, model_types
 
 
@@ -32,7 +33,7 @@ def get_classes(config: Mapping[str, Any]) -> tuple[type[Looped], type]:
             f"{version('mlx-lm')} runs" + (f"; near it are {', '.join(near)}" if near else "")
         )
     name = REMAPPING.get(model_type, model_type)
-    return looped_class(name), model_classes(name)[1]
+    return looped_class(name), reader(model_classes(name)[1])
 
 
 @cache
