@@ -20,8 +20,8 @@ from rich.table import Table
 
 import mlx_loop
 from mlx_loop import LoopConfig
-from mlx_loop.comparison import compare, distinct
-from mlx_loop.looped import Looped
+from mlx_loop.measure.comparison import compare, distinct
+from mlx_loop.models.looped import Looped
 
 SETTINGS = [LoopConfig(loops=k) for k in (2, 3, 4, 6)]
 STORY = "Tell me a story."

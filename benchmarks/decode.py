@@ -27,9 +27,9 @@ from skills import markdown
 
 import mlx_loop
 from mlx_loop import LoopConfig
-from mlx_loop.loop import layer_passes
-from mlx_loop.looped import Looped
+from mlx_loop.method.loop import layer_passes
 from mlx_loop.models import get_classes
+from mlx_loop.models.looped import Looped
 
 COMMON = {
     "num_hidden_layers": 24,

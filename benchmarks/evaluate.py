@@ -16,10 +16,11 @@ import time
 
 import mlx_loop
 from mlx_loop import LoopConfig
-from mlx_loop.comparison import distinct
-from mlx_loop.evaluate import ruler
-from mlx_loop.evaluate.answers import answer_batch
-from mlx_loop.loading import DEMOS
+from mlx_loop.checkpoints.loading import DEMOS
+from mlx_loop.generation.batch import answer_batch
+from mlx_loop.generation.prompt import render
+from mlx_loop.measure.comparison import distinct
+from mlx_loop.measure.tasks import ruler
 
 LOOPS = (2, 3, 4, 6, 8, 12)
 TASK = "niah_multikey_1"
@@ -35,13 +36,16 @@ def main() -> None:
     model, tokenizer = mlx_loop.load(args.model, dtype="float32")
     sources = ruler.Sources()
 
+    def tokens(prompt: str) -> list[int]:
+        return render(tokenizer, [{"role": "user", "content": prompt}])
+
     def size(prompt: str, prefix: str) -> int:
-        return len(ruler.render(tokenizer, prompt, ""))
+        return len(tokens(prompt))
 
     problems = [
         ruler.example(TASK, args.length, i, size, sources).prompt for i in range(args.batch)
     ]
-    prompts = [ruler.render(tokenizer, problem, "") for problem in problems]
+    prompts = [tokens(problem) for problem in problems]
     views = distinct(model, [LoopConfig(loops=k) for k in LOOPS])
     ends, limit = set(tokenizer.eos_token_ids), ruler.TASKS[TASK].max_tokens
 

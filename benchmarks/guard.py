@@ -23,10 +23,10 @@ from rich.table import Table
 
 import mlx_loop
 from mlx_loop import Guard, LoopConfig
-from mlx_loop.loading import DEMOS
-from mlx_loop.looped import Looped
-from mlx_loop.significance import wilson
-from mlx_loop.sweep import QUESTIONS, is_right, read_task
+from mlx_loop.checkpoints.loading import DEMOS
+from mlx_loop.measure.significance import wilson
+from mlx_loop.measure.sweep import QUESTIONS, is_right, read_task
+from mlx_loop.models.looped import Looped
 
 SETTINGS = {
     "no loop": None,

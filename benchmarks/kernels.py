@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mlx_loop.kernels import on_gpu
-from mlx_loop.kernels.source import Variant, launch
-from mlx_loop.kernels.update import plain, twin
+from mlx_loop.method.kernels import on_gpu
+from mlx_loop.method.kernels.source import Variant, launch
+from mlx_loop.method.kernels.update import plain, twin
 
 UPDATES = {
     "euler": Variant("linear", 2),

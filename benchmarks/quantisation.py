@@ -31,10 +31,10 @@ from skills import change, markdown, read_questions, share
 
 import mlx_loop
 from mlx_loop import LoopConfig
-from mlx_loop.loading import DEMOS, open_checkpoint, quantization_for
-from mlx_loop.looped import Looped
-from mlx_loop.memory import bits_per_weight
-from mlx_loop.quantise import Quantization, choose, evaluate, pieces
+from mlx_loop.checkpoints.loading import DEMOS, open_checkpoint, quantization_for
+from mlx_loop.checkpoints.memory import bits_per_weight
+from mlx_loop.checkpoints.quantise import Quantization, choose, evaluate, pieces
+from mlx_loop.models.looped import Looped
 
 LOOPS = (1, 3, 6)
 BATCH = 32

@@ -31,10 +31,10 @@ from rich.console import Console
 from rich.progress import track
 
 import mlx_loop
-from mlx_loop.cli import main as mlx_loop_main
-from mlx_loop.loading import DEMOS
+from mlx_loop.checkpoints.loading import DEMOS
+from mlx_loop.checkpoints.quantise import parameters
 from mlx_loop.models import get_classes
-from mlx_loop.quantise import parameters
+from mlx_loop.screens.cli import main as mlx_loop_main
 
 SHARD = 1 << 30
 WAYS = ["mlx_loop quantize", "mlx_lm.convert", "mlx_loop.load(quantize=4)"]

@@ -26,10 +26,10 @@ from scipy.stats import binomtest, bootstrap
 
 import mlx_loop
 from mlx_loop import LoopConfig
-from mlx_loop.loading import DEMOS
-from mlx_loop.loop import layer_passes
-from mlx_loop.looped import Looped
-from mlx_loop.sweep import QUESTIONS, is_right
+from mlx_loop.checkpoints.loading import DEMOS
+from mlx_loop.measure.sweep import QUESTIONS, is_right
+from mlx_loop.method.loop import layer_passes
+from mlx_loop.models.looped import Looped
 
 LOOPS = (2, 4, 8)
 CURVES = ("naive", "euler", "anchored")  # integrators of the plot

@@ -32,11 +32,9 @@ from rich.console import Console
 from rich.progress import track
 
 import mlx_loop
-from mlx_loop import LoopConfig, halves
-from mlx_loop.loop import layer_passes
-from mlx_loop.looped import Looped
-from mlx_loop.sampling import Sampler
-from mlx_loop.speculative import (
+from mlx_loop import LoopConfig
+from mlx_loop.generation.sampling import Sampler
+from mlx_loop.generation.speculative import (
     Drafter,
     LookupDraft,
     ModelDraft,
@@ -46,7 +44,10 @@ from mlx_loop.speculative import (
     round_passes,
     speculative_generate_step,
 )
-from mlx_loop.sweep import QUESTIONS
+from mlx_loop.measure.sweep import QUESTIONS
+from mlx_loop.method.loop import layer_passes
+from mlx_loop.models import halves
+from mlx_loop.models.looped import Looped
 
 LIMIT = 64  # tokens of an answer
 # Qwen3-4B, and the random model of `time`.

@@ -25,8 +25,8 @@ from rich.table import Table
 
 import mlx_loop
 from mlx_loop import LoopConfig
-from mlx_loop.conversation import Conversation
-from mlx_loop.sweep import QUESTIONS, read_task
+from mlx_loop.generation.conversation import Conversation
+from mlx_loop.measure.sweep import QUESTIONS, read_task
 
 TURNS = 4
 SETTINGS = {

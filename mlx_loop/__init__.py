@@ -5,14 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .config import Guard, LoopConfig
 from .errors import UserError
+from .settings import Guard, LoopConfig
 
 if TYPE_CHECKING:
-    from .generation import generate, make_prompt_cache, stream_generate
-    from .loading import load, load_model
-    from .prompt_cache import load_prompt_cache, save_prompt_cache
-    from .saving import save
+    from .checkpoints.loading import load, load_model
+    from .checkpoints.saving import save
+    from .generation.generate import generate, make_prompt_cache, stream_generate
+    from .generation.prompt_cache import load_prompt_cache, save_prompt_cache
 
 __version__ = "0.1.0"
 
@@ -32,14 +32,14 @@ __all__ = [
 
 # mlx-lm takes seconds to import: only what needs it waits for it.
 _HOMES = {
-    "generate": "generation",
-    "load": "loading",
-    "load_model": "loading",
-    "load_prompt_cache": "prompt_cache",
-    "make_prompt_cache": "generation",
-    "save": "saving",
-    "save_prompt_cache": "prompt_cache",
-    "stream_generate": "generation",
+    "generate": "generation.generate",
+    "load": "checkpoints.loading",
+    "load_model": "checkpoints.loading",
+    "load_prompt_cache": "generation.prompt_cache",
+    "make_prompt_cache": "generation.generate",
+    "save": "checkpoints.saving",
+    "save_prompt_cache": "generation.prompt_cache",
+    "stream_generate": "generation.generate",
 }
 
 

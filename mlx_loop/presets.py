@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .config import INTEGRATOR_FIELDS, LoopConfig, Window
 from .errors import UserError
+from .settings import INTEGRATOR_FIELDS, LoopConfig, Window
 
 # Windows published as good for one model, where they differ from the rule of `default_window`
 # (Training-Free Looped Transformers, arXiv 2605.23872): (model_type, layers) -> window.

@@ -2,7 +2,7 @@
 
 import sys
 
-from mlx_loop.cli import main
+from mlx_loop.screens.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["compare", *sys.argv[1:]]))

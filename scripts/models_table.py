@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import track
 
 from mlx_loop import LoopConfig, UserError
-from mlx_loop.looped import Looped
-from mlx_loop.memory import reads_quantised_cache
-from mlx_loop.quantise import parameters
-from mlx_loop.speculative import check
+from mlx_loop.checkpoints.quantise import parameters
+from mlx_loop.generation.prompt import reads_quantised_cache
+from mlx_loop.generation.speculative import check
+from mlx_loop.models.looped import Looped
 from mlx_loop.upstream import REMAPPING, model_types
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

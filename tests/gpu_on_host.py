@@ -26,9 +26,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_loop.kernels import source
+from mlx_loop.method.kernels import source
 
-update = sys.modules["mlx_loop.kernels.update"]
+update = sys.modules["mlx_loop.method.kernels.update"]
 
 HEADERS = Path(__file__).parent / "host"
 SANITIZERS = ("address,undefined", "thread")

@@ -12,7 +12,7 @@ import copy
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_loop.kernels import combine
+from mlx_loop.method.kernels import combine
 
 
 class Spy:

@@ -7,9 +7,9 @@ import pytest
 from conftest import make
 
 from mlx_loop import LoopConfig
-from mlx_loop.cache import tokens_seen
-from mlx_loop.comparison import distinct
-from mlx_loop.evaluate.answers import answer_batch
+from mlx_loop.generation.batch import answer_batch
+from mlx_loop.measure.comparison import distinct
+from mlx_loop.method.cache import tokens_seen
 
 SETTINGS = [
     LoopConfig(loops=3, window=(2, 5)),

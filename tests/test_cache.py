@@ -15,8 +15,8 @@ from mlx_lm.models.cache import (
 from reference import Reference, doubled_window, plain
 
 from mlx_loop import LoopConfig, UserError
-from mlx_loop.cache import leaves, repeated
-from mlx_loop.memory import reads_quantised_cache
+from mlx_loop.generation.prompt import reads_quantised_cache
+from mlx_loop.method.cache import leaves, repeated
 
 KINDS = {
     "full": KVCache,

@@ -10,9 +10,9 @@ from mlx_lm.utils import compute_bits_per_weight
 
 import mlx_loop
 from mlx_loop import LoopConfig
-from mlx_loop.card import base_model
-from mlx_loop.cli import main
-from mlx_loop.loading import DEMOS, open_checkpoint
+from mlx_loop.checkpoints.card import base_model
+from mlx_loop.checkpoints.loading import DEMOS, open_checkpoint
+from mlx_loop.screens.cli import main
 
 
 @pytest.fixture(scope="module")

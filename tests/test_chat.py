@@ -9,7 +9,7 @@ import sys
 import pexpect
 import pytest
 
-CHAT = [sys.executable, "-m", "mlx_loop.cli", "chat"]
+CHAT = [sys.executable, "-m", "mlx_loop.screens.cli", "chat"]
 
 
 def piped(text, *options, status=0):

@@ -12,7 +12,7 @@ import pytest
 
 import mlx_loop
 from mlx_loop import UserError
-from mlx_loop.loading import DEMOS
+from mlx_loop.checkpoints.loading import DEMOS
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "models"
 QUANTISED = {"bits": 4, "group_size": 64}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_loop.cli import COMMANDS, main
-from mlx_loop.loading import DEMOS
+from mlx_loop.checkpoints.loading import DEMOS
+from mlx_loop.screens.cli import COMMANDS, main
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "models"
 PROMPT = ["--prompt", "What is 12 + 30?"]
@@ -19,7 +19,7 @@ PROMPT = ["--prompt", "What is 12 + 30?"]
 def run(*args, stdin="", status=0):
     """Run `mlx_loop` as a program of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "mlx_loop.cli", *map(str, args)],
+        [sys.executable, "-m", "mlx_loop.screens.cli", *map(str, args)],
         input=stdin,
         capture_output=True,
         text=True,
@@ -187,7 +187,7 @@ def test_a_prompt_cache_file_goes_on_where_it_ended(tmp_path):
 
 
 def test_a_pipe_that_closes_early_is_no_error():
-    command = f"{sys.executable} -m mlx_loop.cli generate -p 'Tell me a story.' | head -c 1"
+    command = f"{sys.executable} -m mlx_loop.screens.cli generate -p 'Tell me a story.' | head -c 1"
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True
     )

@@ -12,13 +12,13 @@ import pytest
 from rich.console import Console
 
 from mlx_loop import Guard, LoopConfig
-from mlx_loop.cli import main
-from mlx_loop.commands.compare import read_prompts
-from mlx_loop.comparison import Answer, Measures
-from mlx_loop.comparison_screen import MARK, Board, marked, titles
-from mlx_loop.loading import load
+from mlx_loop.checkpoints.loading import load
+from mlx_loop.measure.comparison import Answer, Measures
+from mlx_loop.screens.board import MARK, Board, marked, titles
+from mlx_loop.screens.cli import main
+from mlx_loop.screens.commands.compare import read_prompts
 
-PROGRAM = [sys.executable, "-m", "mlx_loop.cli"]
+PROGRAM = [sys.executable, "-m", "mlx_loop.screens.cli"]
 QUESTION = ["--prompt", "What is 12 + 30?", "--max-tokens", "6"]
 
 

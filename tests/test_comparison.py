@@ -10,8 +10,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_loop
 from mlx_loop import Guard, LoopConfig, UserError
-from mlx_loop.comparison import Answer, compare, distinct, kl
-from mlx_loop.together import logits, states
+from mlx_loop.measure.comparison import Answer, compare, distinct, kl
+from mlx_loop.models.together import logits, states
 
 SETTINGS = [
     LoopConfig(loops=3),

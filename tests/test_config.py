@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from mlx_loop import LoopConfig
-from mlx_loop.config import INTEGRATOR_FIELDS, INTEGRATORS
+from mlx_loop.settings import INTEGRATOR_FIELDS, INTEGRATORS
 
 WRONG = [
     ("window", (3, 3)),

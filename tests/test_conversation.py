@@ -7,8 +7,8 @@ from zoo import build
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
-from mlx_loop.cache import tokens_seen
-from mlx_loop.conversation import Conversation, Interrupted
+from mlx_loop.generation.conversation import Conversation, Interrupted
+from mlx_loop.method.cache import tokens_seen
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 import mlx_loop
 from mlx_loop import LoopConfig
-from mlx_loop.loading import DEMOS
+from mlx_loop.checkpoints.loading import DEMOS
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ROOT / "mlx_loop" / "demo" / "questions.jsonl"

@@ -9,11 +9,11 @@ import pytest
 from conftest import make
 
 from mlx_loop import LoopConfig, UserError
-from mlx_loop.cli import main
-from mlx_loop.comparison import distinct
-from mlx_loop.evaluate import ruler
-from mlx_loop.evaluate.run import EXAMPLES, RESULTS, Study, answer_all, examples
-from mlx_loop.sweep import Results
+from mlx_loop.measure.comparison import distinct
+from mlx_loop.measure.study import EXAMPLES, RESULTS, Study, answer_all, examples
+from mlx_loop.measure.sweep import Results
+from mlx_loop.measure.tasks import ruler
+from mlx_loop.screens.cli import main
 
 STUDY = Study("tiny", ["qa", "vt"], [64], limit=3, batch_size=2)
 
@@ -25,6 +25,7 @@ class Bytes:
     """As much of a tokenizer as a study asks for."""
 
     has_chat_template = False
+    bos_token = None
     eos_token_ids = (7,)
 
     def encode(self, text, add_special_tokens=True, verbose=True):

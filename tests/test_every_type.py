@@ -14,13 +14,14 @@ from mlx_lm.models.cache import make_prompt_cache
 from reference import Reference, plain
 from zoo import TYPES, build
 
-from mlx_loop import LoopConfig, UserError, halves
-from mlx_loop.anatomy import with_layers
-from mlx_loop.cache import leaves
-from mlx_loop.loop import Natural
-from mlx_loop.memory import Footprint
-from mlx_loop.routing import watch_experts
-from mlx_loop.speculative import check
+from mlx_loop import LoopConfig, UserError
+from mlx_loop.checkpoints.memory import Footprint
+from mlx_loop.generation.speculative import check
+from mlx_loop.method.anatomy import with_layers
+from mlx_loop.method.cache import leaves
+from mlx_loop.method.loop import Natural
+from mlx_loop.method.routing import watch_experts
+from mlx_loop.models import halves
 from mlx_loop.upstream import model_types
 
 ROOT = Path(__file__).parent.parent

@@ -7,10 +7,10 @@ import pytest
 from conftest import relative_error, tokens
 from mlx_lm.models.cache import make_prompt_cache
 
-import mlx_loop.loop
+import mlx_loop.method.loop
 from mlx_loop import Guard, LoopConfig, UserError
-from mlx_loop.guard import Count, integrate_guarded
-from mlx_loop.integrators import INTEGRATORS, integrate
+from mlx_loop.method.guard import Count, integrate_guarded
+from mlx_loop.method.integrators import INTEGRATORS, integrate
 from mlx_loop.presets import resolve
 
 OPEN = Guard(growth=1e6, band=(0, 1e6))
@@ -94,7 +94,7 @@ def test_a_guard_that_always_fires_is_the_unlooped_model(one_of_each, scope, pol
 
 
 def test_without_a_guard_none_of_it_runs(model, monkeypatch):
-    monkeypatch.setattr(mlx_loop.loop, "integrate_guarded", None)
+    monkeypatch.setattr(mlx_loop.method.loop, "integrate_guarded", None)
     looped = model.with_loop(LoopConfig(loops=3))
     looped(tokens(1, 4), cache=make_prompt_cache(looped))
     assert looped.take_firings() == (0, 0)

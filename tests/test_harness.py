@@ -9,11 +9,11 @@ import pytest
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
-from mlx_loop.comparison import distinct
-from mlx_loop.evaluate.harness import Harness, answer_tasks, rows
-from mlx_loop.evaluate.report import read
-from mlx_loop.evaluate.run import RESULTS
-from mlx_loop.sweep import Results
+from mlx_loop.measure.comparison import distinct
+from mlx_loop.measure.report import read
+from mlx_loop.measure.study import RESULTS
+from mlx_loop.measure.sweep import Results
+from mlx_loop.measure.tasks.harness import Harness, answer_tasks, rows
 
 QUESTIONS = [
     {"question": "Where does Mia live?", "choices": ["Norwick", "Larkton"], "answer": 0},

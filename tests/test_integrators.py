@@ -10,10 +10,10 @@ import pytest
 from conftest import relative_error
 
 from mlx_loop import LoopConfig
-from mlx_loop.config import INTEGRATORS as NAMES
-from mlx_loop.integrators import INTEGRATORS, Linear, _plan, integrate, is_natural, passes
-from mlx_loop.kernels import token_norm
+from mlx_loop.method.integrators import INTEGRATORS, Linear, _plan, integrate, is_natural, passes
+from mlx_loop.method.kernels import token_norm
 from mlx_loop.presets import resolve
+from mlx_loop.settings import INTEGRATORS as NAMES
 
 CONSISTENT = ("naive", "euler", "anchored", "residual_scaled")
 

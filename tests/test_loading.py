@@ -18,7 +18,7 @@ from mlx_lm.utils import load_model as mlx_lm_load_model
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
-from mlx_loop.loading import DEMOS
+from mlx_loop.checkpoints.loading import DEMOS
 from mlx_loop.models import supported
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "models"

@@ -14,8 +14,8 @@ from mlx_lm.utils import does_model_support_input_embeddings as takes_embeddings
 from reference import plain
 
 from mlx_loop import LoopConfig, UserError
-from mlx_loop.cache import leaves
-from mlx_loop.loop import layer_passes
+from mlx_loop.method.cache import leaves
+from mlx_loop.method.loop import layer_passes
 
 POLICIES = ("first", "last", "own")
 WINDOW = (2, 6)

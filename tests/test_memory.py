@@ -16,12 +16,13 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache
 
 import mlx_loop
-from mlx_loop import LoopConfig, UserError, memory
-from mlx_loop.cache import leaves
-from mlx_loop.cli import main
-from mlx_loop.loading import DEMOS, open_checkpoint
-from mlx_loop.memory import GIB, Footprint, usable, weights_bytes
-from mlx_loop.quantise import Quantization, choose, parameters
+from mlx_loop import LoopConfig, UserError
+from mlx_loop.checkpoints import memory
+from mlx_loop.checkpoints.loading import DEMOS, open_checkpoint
+from mlx_loop.checkpoints.memory import GIB, Footprint, usable, weights_bytes
+from mlx_loop.checkpoints.quantise import Quantization, choose, parameters
+from mlx_loop.method.cache import leaves
+from mlx_loop.screens.cli import main
 
 LOOPS = [None, LoopConfig(loops=3), LoopConfig(loops=3, cache="own")]
 
@@ -190,7 +191,7 @@ def hub(tmp_path):
 
     def run(*command):
         return subprocess.run(
-            [sys.executable, "-m", "mlx_loop.cli", *command],
+            [sys.executable, "-m", "mlx_loop.screens.cli", *command],
             capture_output=True,
             text=True,
             env=env,

@@ -26,7 +26,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 import mlx_loop
 from mlx_loop import Guard, LoopConfig
-from mlx_loop.cache import leaves
+from mlx_loop.method.cache import leaves
 
 POLICIES = ("first", "last", "own")
 PROMPT = tokens(1, 13, seed=3)[0]

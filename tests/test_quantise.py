@@ -24,10 +24,17 @@ from mlx_lm.utils import load_model as mlx_lm_load_model
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
-from mlx_loop.cli import main
-from mlx_loop.loading import DEMOS, open_checkpoint
-from mlx_loop.memory import bits_per_weight, weights_bytes
-from mlx_loop.quantise import MODES, WIDTHS, Quantization, choose, parameters, quantised_bytes
+from mlx_loop.checkpoints.loading import DEMOS, open_checkpoint
+from mlx_loop.checkpoints.memory import bits_per_weight, weights_bytes
+from mlx_loop.checkpoints.quantise import (
+    MODES,
+    WIDTHS,
+    Quantization,
+    choose,
+    parameters,
+    quantised_bytes,
+)
+from mlx_loop.screens.cli import main
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "models"
 MATRIX = mx.array(np.random.default_rng(0).normal(size=(3, 32, 128)), mx.bfloat16)
@@ -180,7 +187,7 @@ def test_memory_stays_near_the_quantised_size(tmp_path):
 
 
 def test_shards_are_written_as_they_fill(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_loop.saving.SHARD_BYTES", 300_000)
+    monkeypatch.setattr("mlx_loop.checkpoints.saving.SHARD_BYTES", 300_000)
     source = synthetic(tmp_path / "source", layers=4, hidden=128)
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -213,7 +220,7 @@ def test_an_old_folder_is_replaced_only_by_force(tmp_path, capsys):
 
 def program(source, folder, *options):
     return [
-        *(sys.executable, "-m", "mlx_loop.cli", "quantize", "--q-mode", "mxfp4"),
+        *(sys.executable, "-m", "mlx_loop.screens.cli", "quantize", "--q-mode", "mxfp4"),
         *("--model", str(source), "--mlx-path", str(folder), *options),
     ]
 

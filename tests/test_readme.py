@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_loop import cli
+from mlx_loop.screens import cli
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)

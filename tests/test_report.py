@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mlx_loop import LoopConfig, UserError
-from mlx_loop.evaluate.report import conclusion, labels, read, spearman, split, write
-from mlx_loop.evaluate.run import RESULTS
+from mlx_loop.measure.report import conclusion, labels, read, spearman, split, write
+from mlx_loop.measure.study import RESULTS
 
 BASE = {"window": [4, 8], "integrator": "anchored", "beta": 0.5, "cache": "first"}
 BETTER, SAME, WORSE = ({**BASE, "loops": k} for k in (2, 4, 8))

@@ -19,7 +19,8 @@ from mlx.utils import tree_flatten
 from transformers import CONFIG_MAPPING
 
 import mlx_loop
-from mlx_loop import UserError, rope
+from mlx_loop import UserError
+from mlx_loop.models import rope
 
 pytestmark = pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")
 TOKENS = tokens(1, 12)

@@ -14,8 +14,8 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 from reference import plain
 
 from mlx_loop import LoopConfig
-from mlx_loop.anatomy import at
-from mlx_loop.routing import Frozen, expert_changes
+from mlx_loop.method.anatomy import at
+from mlx_loop.method.routing import Frozen, expert_changes
 
 # (batch, length): below and above the number of (token, expert) pairs from which mlx-lm sorts.
 SHAPES = [(1, 3), (2, 40)]

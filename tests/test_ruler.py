@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from mlx_loop import UserError
-from mlx_loop.evaluate import ruler
-from mlx_loop.evaluate.ruler import DEPTHS, NOISE, TASKS, Sources, example, score, sentences
+from mlx_loop.measure.tasks import ruler
+from mlx_loop.measure.tasks.ruler import DEPTHS, NOISE, TASKS, Sources, example, score, sentences
 
 NEEDLE = re.compile(r"Remember that the (\S+) key has the (number|identifier) (\S+)\.")
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")

@@ -8,7 +8,7 @@ import pytest
 from mlx_lm.sample_utils import make_sampler
 from scipy.stats import chisquare
 
-from mlx_loop.sampling import Sampler
+from mlx_loop.generation.sampling import Sampler
 
 VOCAB = 5
 

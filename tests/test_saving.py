@@ -14,7 +14,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
-from mlx_loop.loading import DEMOS
+from mlx_loop.checkpoints.loading import DEMOS
 
 
 @pytest.fixture(scope="module")

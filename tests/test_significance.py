@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from mlx_loop import significance
-from mlx_loop.significance import (
+from mlx_loop.measure import significance
+from mlx_loop.measure.significance import (
     bootstrap_mean,
     holm,
     mean_interval,

@@ -15,12 +15,10 @@ from mlx_lm.sample_utils import make_sampler
 from scipy.stats import chisquare
 
 import mlx_loop
-from mlx_loop import LoopConfig, UserError, halves
-from mlx_loop.cache import leaves, tokens_seen
-from mlx_loop.conversation import Conversation
-from mlx_loop.loop import Natural
-from mlx_loop.sampling import Sampler
-from mlx_loop.speculative import (
+from mlx_loop import LoopConfig, UserError
+from mlx_loop.generation.conversation import Conversation
+from mlx_loop.generation.sampling import Sampler
+from mlx_loop.generation.speculative import (
     LookupDraft,
     ModelDraft,
     Pace,
@@ -29,6 +27,9 @@ from mlx_loop.speculative import (
     round_passes,
     speculative_generate_step,
 )
+from mlx_loop.method.cache import leaves, tokens_seen
+from mlx_loop.method.loop import Natural
+from mlx_loop.models import halves
 
 PROMPT = tokens(1, 9, seed=3)[0].tolist()
 STORY = "Tell me a story."

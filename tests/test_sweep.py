@@ -11,9 +11,8 @@ from conftest import make, tokens
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
-from mlx_loop.cli import main
-from mlx_loop.comparison import distinct, kl
-from mlx_loop.sweep import (
+from mlx_loop.measure.comparison import distinct, kl
+from mlx_loop.measure.sweep import (
     QUESTIONS,
     Results,
     Summary,
@@ -28,6 +27,7 @@ from mlx_loop.sweep import (
     summarise,
     sweep,
 )
+from mlx_loop.screens.cli import main
 
 HEADER = {"model": "m"}
 LOOPS = [LoopConfig(loops=2, window=(2, 4)), LoopConfig(loops=3, window=(4, 6))]
@@ -253,7 +253,7 @@ def test_bad_input_is_one_line(options, words, tmp_path, capsys, monkeypatch):
 
 
 def test_pictures_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
-    from mlx_loop.plots import save
+    from mlx_loop.measure.plots import save
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="eval"):

@@ -10,9 +10,9 @@ import pytest
 from conftest import make, relative_error, tokens
 
 from mlx_loop import LoopConfig, UserError
-from mlx_loop.comparison import kl
-from mlx_loop.routing import expert_changes
-from mlx_loop.trace import Loop, State, trace
+from mlx_loop.measure.comparison import kl
+from mlx_loop.measure.trace import Loop, State, trace
+from mlx_loop.method.routing import expert_changes
 
 
 class Scaling(nn.Module):

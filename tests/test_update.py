@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from conftest import relative_error
 
-from mlx_loop.kernels import Anderson, Rescale, combine, token_norm, update
+from mlx_loop.method.kernels import Anderson, Rescale, combine, token_norm, update
 
-module = sys.modules["mlx_loop.kernels.update"]
+module = sys.modules["mlx_loop.method.kernels.update"]
 
 
 def states(count, dtype, shape=(2, 5, 48)):

@@ -10,8 +10,8 @@ import mlx.core as mx
 import mlx_lm.models
 from mlx.utils import tree_map
 
-from mlx_loop.looped import Looped
 from mlx_loop.models import looped_class
+from mlx_loop.models.looped import Looped
 from mlx_loop.upstream import model_classes
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD, VOCAB = 8, 128, 4, 2, 32, 320

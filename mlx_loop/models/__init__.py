@@ -9,9 +9,9 @@ from importlib.metadata import version
 from typing import Any
 
 from ..errors import UserError
-from ..looped import Looped
-from ..rope import reader
 from ..upstream import REMAPPING, model_classes, model_types
+from .looped import Looped
+from .rope import reader
 
 
 def supported() -> list[str]:

@@ -1,0 +1,1 @@
+"""Checkpoints: loading, quantising, saving, sharing, and the memory that they need."""

@@ -1,0 +1,280 @@
+"""Loading a checkpoint as a looped model, through mlx-lm's own loader."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import UserError
+from ..models import get_classes
+from ..models.looped import Checkpoint, Looped
+from ..settings import LoopConfig
+from ..upstream import EXPERTS, download
+from . import memory, sensitivity
+from . import whole as checkpoint
+from .card import base_model
+from .quantise import (
+    Params,
+    Quantization,
+    as_quantization,
+    choose,
+    evaluate,
+    is_quantised,
+    pieces,
+    section,
+)
+
+# Checkpoints inside the package, by the names under which `load` knows them.
+_DEMO = Path(__file__).parents[1] / "demo"
+DEMOS = {"demo": _DEMO / "dense", "demo-moe": _DEMO / "moe", "demo-mla": _DEMO / "mla"}
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+
+LoopArgument = LoopConfig | Literal["saved"] | None
+
+
+def load(
+    path_or_hf_repo: str | Path | None = None,
+    *,
+    loop: LoopArgument = "saved",
+    dtype: str | None = None,
+    quantize: int | str | Quantization | None = None,
+    calibration: str | None = None,
+    adapter_path: str | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    lazy: bool = False,
+    force: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Looped, TokenizerWrapper]:
+    """Load a model, looped, and its tokenizer.
+
+    Args:
+        path_or_hf_repo: a folder, a Hugging Face repository, or the name of a checkpoint that
+            ships with the package (`DEMOS`); None is `demo`.
+        loop: `saved`: the settings stored with the model, else the preset of its family and
+            size. None: looping off.
+        dtype: `float32`, `float16` or `bfloat16` for all parameters that are not quantised;
+            None: as stored, but float32 for a model with experts on the CPU.
+        quantize: quantise while loading: a number of bits, a mode (`mxfp4`, `nvfp4`, `mxfp8`) or
+            a whole `Quantization`. The peak is near the quantised size plus the largest matrix.
+        calibration: the text on which the recipe `budget` measures; None: one that ships with
+            the package.
+        adapter_path: a folder with LoRA adapters, as mlx-lm writes them.
+        tokenizer_config: more settings for the tokenizer.
+        lazy: read weights when they are first used, or now where they are quantised.
+        force: try even what does not fit into memory.
+        revision: branch, tag or commit of the repository.
+        trust_remote_code: let the tokenizer run code from the checkpoint.
+
+    Raises:
+        UserError: whatever is wrong with the checkpoint or the settings, in one line.
+    """
+    path = find(path_or_hf_repo, revision)
+    settings = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
+    tokenizer = load_tokenizer(path, settings)
+    measures = quantize is not None and as_quantization(quantize).recipe == "budget"
+    model = load_model(
+        path,
+        loop=loop,
+        dtype=dtype,
+        quantize=quantize,
+        calibration=sensitivity.encode(tokenizer, calibration) if measures else None,
+        adapter_path=adapter_path,
+        lazy=lazy,
+        force=force,
+    )
+    return model, tokenizer
+
+
+def load_tokenizer(path: Path, settings: dict[str, Any]) -> TokenizerWrapper:
+    """The tokenizer in the folder of a checkpoint.
+
+    Args:
+        settings: more settings for it.
+    """
+    config = read_config(path)
+    get_classes(config)
+    # transformers makes up an empty tokenizer where it finds none.
+    if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
+        raise UserError(f"{path} has no tokenizer files; mlx_loop.load_model needs none")
+    try:
+        return mlx_lm_utils.load_tokenizer(path, settings, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # transformers raises a different kind for each missing file.
+        raise UserError(f"cannot load the tokenizer in {path}: {_line(error)}") from error
+
+
+def load_model(
+    path_or_hf_repo: str | Path | None = None,
+    *,
+    loop: LoopArgument = "saved",
+    dtype: str | None = None,
+    quantize: int | str | Quantization | None = None,
+    calibration: mx.array | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    force: bool = False,
+    revision: str | None = None,
+) -> Looped:
+    """The model alone, for a checkpoint without a tokenizer. Arguments as in `load`, but
+
+    Args:
+        calibration: tokens (batch, length) on which the recipe `budget` measures.
+    """
+    if dtype not in (None, "float32", "float16", "bfloat16"):
+        raise UserError(f"dtype={dtype!r} is not valid: it must be float32, float16 or bfloat16")
+    path = find(path_or_hf_repo, revision)
+    model = open_checkpoint(path, loop)
+    chosen = {}
+    if quantize is not None:
+        chosen = quantization_for(model, as_quantization(quantize), calibration)
+    with _one_line(path):
+        if dtype is None and needs_float32(model):
+            dtype = "float32"
+        todo = pieces(model, chosen, None if dtype is None else getattr(mx, dtype))
+        if not (force or lazy):
+            memory.check(model, base_model(model) or str(path))
+        if chosen:
+            evaluate(todo)
+        del todo
+        if adapter_path is not None:
+            mlx_lm_utils.load_adapters(model, adapter_path)
+            model.eval()
+        if not lazy:
+            mx.eval(model.parameters())
+    return model
+
+
+def open_checkpoint(path: Path, loop: LoopArgument = "saved") -> Looped:
+    """The model in a folder, checked, its weights not yet read.
+
+    Raises:
+        UserError: whatever is wrong with the checkpoint or the settings, in one line.
+    """
+    config = read_config(path)
+    get_classes(config)
+    checkpoint.check(path, config)
+    with _one_line(path):
+        loaded, config = mlx_lm_utils.load_model(path, lazy=True, get_model_classes=get_classes)
+    model = cast(Looped, loaded)
+    model.checkpoint = Checkpoint(path, config)
+    model.loop = saved_loop(model) if loop == "saved" else loop
+    return model
+
+
+def quantization_for(
+    model: Looped,
+    quantization: Quantization,
+    calibration: mx.array | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Params]:
+    """How each matrix of a model from `open_checkpoint` is quantised; its config says so too.
+
+    Args:
+        calibration: tokens (batch, length), for the recipe `budget`.
+        progress: called with the layers measured and the layers in all.
+
+    Raises:
+        UserError: the model is quantised already, or the recipe does not fit it.
+    """
+    checkpoint = model.checkpoint
+    assert checkpoint is not None
+    if is_quantised(model):
+        raise UserError(
+            f"{checkpoint.path} is quantised already: give the checkpoint in full precision"
+        )
+    widths = None
+    if quantization.recipe == "budget":
+        if calibration is None:
+            raise UserError("the recipe budget needs a tokenizer: use mlx_loop.load")
+        base, full = (open_checkpoint(checkpoint.path, model.loop) for _ in range(2))
+        widths = sensitivity.budget(base, full, quantization, calibration, progress)
+    chosen = choose(model, quantization, widths)
+    written = section(quantization, chosen)
+    config = {**checkpoint.config, "quantization": written, "quantization_config": written}
+    model.checkpoint = replace(checkpoint, config=config)
+    return chosen
+
+
+def needs_float32(model: Looped) -> bool:
+    """MLX gathers experts on the CPU in float32 only."""
+    has_experts = any(isinstance(module, EXPERTS) for module in model.modules())
+    return has_experts and mx.default_device() == mx.cpu
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"cannot load {path}: {_line(error)}") from error
+
+
+def saved_loop(model: Looped) -> LoopConfig | None:
+    """The settings stored with the model's checkpoint; empty ones where nothing is stored.
+
+    Raises:
+        UserError: what is stored is not valid.
+    """
+    assert model.checkpoint is not None
+    saved = model.checkpoint.config.get("loop", {})
+    try:
+        return None if saved is None else LoopConfig.from_dict(saved)
+    except UserError as error:
+        file = model.checkpoint.path / "config.json"
+        raise UserError(f"the loop section of {file}: {error}") from error
+
+
+def find(path_or_hf_repo: str | Path | None, revision: str | None = None) -> Path:
+    """The folder of a checkpoint; a repository is downloaded unless it is there already."""
+    name = "demo" if path_or_hf_repo is None else str(path_or_hf_repo)
+    if name in DEMOS:
+        return DEMOS[name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{name} is a file: give the folder with config.json and the weights")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"there is no folder {name}: give a folder, a Hugging Face repository such as "
+            f"Qwen/Qwen3-4B-Instruct-2507, or {', '.join(DEMOS)}"
+        )
+    try:
+        return download(name, revision=revision)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"no folder {name} here, and it cannot be had from the Hugging Face hub "
+            f"({_line(error)}); check the name and the network, and for a gated model run "
+            "`hf auth login`"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of the checkpoint in `path`, with the tokens that generation ends at."""
+    try:
+        config = mlx_lm_utils.load_config(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} has no config.json: it is not a model's folder") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path / 'config.json'} is not valid JSON: {_line(error)}") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"{path / 'config.json'} does not name a model_type")
+    return config
+
+
+def _line(error: BaseException) -> str:
+    words = " ".join(str(error).split())
+    return textwrap.shorten(words, 300, placeholder=" ...") if words else repr(error)

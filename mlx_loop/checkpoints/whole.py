@@ -1,0 +1,124 @@
+"""What a checkpoint's folder must be before anything is made of it: whole, and in no contradiction.
+
+Only headers are read: `mx.load` is lazy, and knows a file that ends too early.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+
+from ..errors import UserError
+
+MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+
+
+def check(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a damaged checkpoint with a line that says which file or tensor is wrong.
+
+    Raises:
+        UserError: no weights, a shard that is missing or cut short, an index that names files
+            outside the folder or tensors that are not there, or a `quantization` section that
+            contradicts itself or the weights.
+    """
+    shards = sorted(path.glob("model*.safetensors"))
+    if not shards:
+        raise UserError(f"{path} has no model*.safetensors: the weights are missing")
+    places = _read_index(path / "model.safetensors.index.json")
+    missing = sorted({name for name in places.values() if not (path / name).exists()})
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: download or copy it again")
+    tensors: dict[str, mx.array] = {}
+    for shard in shards:
+        try:
+            found = mx.load(str(shard))
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{shard} is incomplete or damaged ({reason}): download or copy it again"
+            ) from error
+        for name, place in places.items():
+            if place == shard.name and name not in found:
+                raise UserError(f"{shard} lacks {name}, which the index says is there")
+        tensors |= cast(dict[str, mx.array], found)
+    _check_quantization(path, config, tensors)
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    """Tensor name -> file name in the same folder; empty where there is no index."""
+    if not file.exists():
+        return {}
+    try:
+        places = json.loads(file.read_text())["weight_map"]
+        names = set(places.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not a valid index of weights: download it again") from error
+    for name in names:
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+            raise UserError(f"{file} names {name!r}, which is not a file of the folder: refused")
+    return places
+
+
+def _check_quantization(
+    path: Path, config: Mapping[str, Any], tensors: Mapping[str, mx.array]
+) -> None:
+    file = path / "config.json"
+    section = config.get("quantization")
+    quantised = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
+    if section is None:
+        if quantised and not config.get("quantization_config"):
+            raise UserError(
+                f"{file} has no quantization section, but {quantised[0]} is quantised: "
+                "restore the config.json that belongs to these weights"
+            )
+        return
+    _check_params(file, "quantization", section)
+    for name, params in section.items():
+        if isinstance(params, Mapping):
+            _check_params(file, name, params)
+    other = config.get("quantization_config")
+    if isinstance(other, Mapping) and "quant_method" not in other and other != section:
+        raise UserError(f"{file}: quantization and quantization_config differ: remove one of them")
+    if not quantised:
+        raise UserError(f"{file} says that the weights are quantised, but none of them are")
+    # Where config.json names no matrix of its own, mlx-lm infers its widths from the shapes, so
+    # the section's own numbers are wrong only if nothing at all was made with them.
+    rest = [name for name in quantised if not isinstance(section.get(name), Mapping)]
+    if rest and not any(_fits(tensors, name, section) for name in rest):
+        _contradicts(file, rest[0], section)
+    for name in quantised:
+        params = section.get(name)
+        if isinstance(params, Mapping) and not _fits(tensors, name, params):
+            _contradicts(file, name, params)
+
+
+def _check_params(file: Path, name: str, params: Any) -> None:
+    if (
+        not isinstance(params, Mapping)
+        or not all(isinstance(params.get(key), int) for key in ("bits", "group_size"))
+        or params.get("mode", "affine") not in MODES
+    ):
+        raise UserError(
+            f"{file}: the quantization of {name} must have bits, group_size and, if it is not "
+            f"affine, one of the modes {', '.join(MODES)}"
+        )
+
+
+def _fits(tensors: Mapping[str, mx.array], name: str, params: Mapping[str, Any]) -> bool:
+    """Whether weights (rows, columns * bits / 32) and scales (rows, columns / group) agree."""
+    weight = tensors.get(f"{name}.weight")
+    if weight is None or weight.dtype != mx.uint32:
+        return True
+    columns = tensors[f"{name}.scales"].shape[-1] * params["group_size"]
+    return weight.shape[-1] * 32 == columns * params["bits"]
+
+
+def _contradicts(file: Path, name: str, params: Mapping[str, Any]) -> None:
+    raise UserError(
+        f"{file} says {params['bits']} bits in groups of {params['group_size']} for {name}, and "
+        "the shapes of its weights say otherwise: restore the config.json that belongs to them"
+    )

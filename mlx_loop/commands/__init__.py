@@ -1,1 +1,0 @@
-"""What the sub-commands do; `mlx_loop.cli` has their options."""

@@ -1,1 +1,0 @@
-"""Evaluation: long-context tasks and lm-evaluation-harness tasks at many loop settings."""

@@ -1,0 +1,1 @@
+"""Making text: greedy, sampled, drafted, in a conversation or in batches."""

@@ -1,0 +1,113 @@
+"""Greedy answers to a batch of prompts under several loop settings at once.
+
+What settings share of the prompt, the layers below their windows, is computed once
+(`together`). Prompt and answer are fed in the same pieces as by mlx-lm: chunks, the last
+prompt token alone, then one token at a time; rows that have ended leave the batch. All rows of a
+batch are in the same phase, so every `decode` setting works.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import generation_stream, wired_limit
+
+from ..models.looped import Looped
+from ..models.together import states
+from .prefill import PREFILL_STEP, prefill
+
+
+def answer_batch(
+    views: Sequence[Looped],
+    prompts: Sequence[Sequence[int]],
+    ends: set[int],
+    max_tokens: int,
+    step: int = PREFILL_STEP,
+) -> Iterator[tuple[int, list[list[int]], float]]:
+    """Answer the prompts under each setting; yields (number of the view, answers, seconds).
+
+    An answer is token ids without the one that ended it. The time of the layers that views share
+    counts for the first of them.
+
+    Args:
+        views: of one model, as `comparison.distinct` makes them.
+        prompts: token ids, at least one each. Shorter ones are padded, as mlx-lm does it.
+        ends: tokens that end an answer.
+        step: prompt tokens processed at a time.
+    """
+    lengths = [len(prompt) - 1 for prompt in prompts]
+    padding = [max(lengths) - length for length in lengths]
+    rows = [[*prompt[:-1], *[0] * pad] for prompt, pad in zip(prompts, padding, strict=True)]
+    tokens, last = mx.array(rows, mx.int32), mx.array([prompt[-1:] for prompt in prompts])
+    caches: list[list[Any]] = [_batched(view, lengths, padding) for view in views]
+    with wired_limit(views[0], [generation_stream]), mx.stream(generation_stream):  # type: ignore[list-item]
+        seconds = [0.0] * len(views)
+
+        def feed(tokens: mx.array) -> None:
+            states(views, tokens, caches)
+            for i, cache in enumerate(caches):
+                start = time.perf_counter()
+                mx.eval([entry.state for entry in cache])
+                seconds[i] += time.perf_counter() - start
+
+        prefill(feed, tokens, step)
+        for i, view in enumerate(views):
+            start = time.perf_counter()
+            if any(padding):
+                for entry in caches[i]:
+                    entry.finalize()
+            answers = _decode(view, caches[i], last, ends, max_tokens)
+            caches[i] = []
+            mx.clear_cache()
+            yield i, answers, seconds[i] + time.perf_counter() - start
+
+
+def _batched(view: Looped, lengths: Sequence[int], padding: Sequence[int]) -> list[Any]:
+    """An empty cache for rows of such lengths with so much padding on the right."""
+    rows = [view.new_cache() for _ in padding]
+    batch = [entries[0].merge(list(entries)) for entries in zip(*rows, strict=True)]
+    if any(padding):
+        for entry in batch:
+            entry.prepare(lengths=list(lengths), right_padding=list(padding))
+    return batch
+
+
+def _decode(
+    view: Looped, cache: list[Any], last: mx.array, ends: set[int], max_tokens: int
+) -> list[list[int]]:
+    """Args: last: (batch, 1), the last token of each prompt."""
+    answers: list[list[int]] = [[] for _ in range(last.shape[0])]
+    running = list(range(len(answers)))
+    phased = view.for_prompt(cache, 1)
+    token = _next(phased, last, cache)
+    for fed in range(1, max_tokens + 1):
+        # One step ahead, so that the device does not wait while the tokens are looked at.
+        following = _next(phased, token, cache) if fed < max_tokens else token
+        keep = []
+        tokens: list[int] = token[:, 0].tolist()  # type: ignore[assignment]
+        for i, (row, said) in enumerate(zip(running, tokens, strict=True)):
+            if said not in ends:
+                answers[row].append(said)
+                keep.append(i)
+        if not keep:
+            break
+        if len(keep) < len(running) and fed < max_tokens:
+            for entry in cache:
+                entry.filter(keep)
+            running = [running[i] for i in keep]
+            following = following[mx.array(keep)]
+            # Padding that no row needs any more is gone, so positions have moved: the prompt
+            # ended `fed` tokens before the end of the cache.
+            phased = view.for_prompt(cache, -fed)
+        token = following
+    return answers
+
+
+def _next(view: Looped, tokens: mx.array, cache: list[Any]) -> mx.array:
+    """(batch, 1) -> the likeliest next tokens, (batch, 1)."""
+    token = mx.argmax(view(tokens, cache=cache)[:, -1:], axis=-1)
+    mx.async_eval(token)
+    return token

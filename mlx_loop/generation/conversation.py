@@ -1,0 +1,174 @@
+"""A conversation with a looped model: messages, and a prompt cache that is re-used across turns.
+
+It knows nothing of screens: `reply` is a generator of what mlx-lm generates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import common_prefix_len
+
+from ..errors import UserError
+from ..method.cache import Bookmark, tokens_seen
+from ..models.looped import Looped
+from ..settings import LoopConfig
+from .generate import make_prompt_cache, stream_generate
+from .prompt import render
+
+
+class Interrupted(Exception):
+    """Raised by a progress callback to stop between two chunks of the prompt."""
+
+
+@dataclass
+class Conversation:
+    """Messages so far, and the tokens whose keys and values the cache holds.
+
+    Args:
+        model, tokenizer: the tokenizer needs a chat template.
+        system: the system message, or None.
+        max_kv_size: as in `make_prompt_cache`.
+        template: more arguments for the chat template.
+    """
+
+    model: Looped
+    tokenizer: TokenizerWrapper
+    system: str | None = None
+    max_kv_size: int | None = None
+    template: dict[str, Any] = field(default_factory=dict)
+    messages: list[dict[str, str]] = field(default_factory=list)
+    _cache: list[Any] | None = None
+    _tokens: list[int] = field(default_factory=list)
+    # The last prompt but its last token, and the cache as it was then.
+    _bookmark: tuple[list[int], Bookmark] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.has_chat_template:
+            raise UserError(
+                "this tokenizer has no chat template: chat needs an instruction-tuned model; "
+                "`mlx_loop generate` works with any"
+            )
+
+    @property
+    def loop(self) -> LoopConfig | None:
+        """The model's loop settings. New ones make the next turn process everything again,
+        unless they differ in `decode` only.
+        """
+        return self.model.loop
+
+    @loop.setter
+    def loop(self, loop: LoopConfig | None) -> None:
+        before = self.model.loop
+        self.model.loop = loop
+        after = self.model.loop
+        if (
+            before is None
+            or after is None
+            or replace(before, decode=None) != replace(after, decode=None)
+        ):
+            self._forget()
+
+    def reset(self) -> None:
+        """Start again, with the same system message."""
+        self.messages = []
+        self._forget()
+
+    def reply(
+        self, text: str, progress: Callable[[int, int], None] | None = None, **generation: Any
+    ) -> Generator[GenerationResponse, None, None]:
+        """Stream the answer to `text`; only tokens that are not yet in the cache are processed.
+
+        Closing the generator, or `Interrupted` from `progress`, ends the answer there. What has
+        been said until then stays in the conversation.
+
+        Args:
+            progress: called with the prompt tokens done and the prompt tokens to do.
+            generation: arguments of `stream_generate`, `max_tokens` and `sampler` among them.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._render(asked)
+        cache, rest = self._reuse(prompt)
+        answer, generated = "", []
+        whole = False
+        try:
+            responses = stream_generate(
+                self.model,
+                self.tokenizer,
+                rest,
+                prompt_cache=cache,
+                max_kv_size=self.max_kv_size,
+                context=prompt[: -len(rest)],
+                prompt_progress_callback=self._marking(prompt, cache, progress),
+                **generation,
+            )
+            # Closed before the cache is looked at, because closing may cut it.
+            with closing(responses):
+                for response in responses:
+                    answer += response.text
+                    generated.append(response.token)
+                    self.messages = [*asked, {"role": "assistant", "content": answer}]
+                    yield response
+            whole = True
+        except (GeneratorExit, Interrupted):
+            whole = True
+            raise
+        finally:
+            if whole and (generated or tokens_seen(cache) is not None):
+                # A cache that does not count its tokens has seen all that were given out.
+                self._tokens = (prompt + generated)[: tokens_seen(cache)]
+            else:
+                # Something broke in the middle of a pass: layers may disagree.
+                self._forget()
+
+    def cache_summary(self) -> str:
+        """What the cache holds, for people."""
+        if self._cache is None:
+            return "empty"
+        size = sum(entry.nbytes for entry in self._cache if not entry.empty())
+        return f"{len(self._tokens)} tokens, {size / 1e6:.1f} MB"
+
+    def _render(self, messages: list[dict[str, str]]) -> list[int]:
+        return render(self.tokenizer, messages, self.system, self.template)
+
+    def _reuse(self, prompt: list[int]) -> tuple[list[Any], list[int]]:
+        """The cache cut back to what it has in common with `prompt`, and the rest of that."""
+        common = min(common_prefix_len(self._tokens, prompt), len(prompt) - 1)
+        surplus = len(self._tokens) - common
+        if self._cache is not None and surplus:
+            if can_trim_prompt_cache(self._cache):
+                trim_prompt_cache(self._cache, surplus)
+            elif self._bookmark is not None and len(self._bookmark[0]) <= common:
+                tokens, bookmark = self._bookmark
+                bookmark.go_back(self._cache)
+                common = len(tokens)
+            else:
+                self._cache = None
+        if self._cache is None:
+            self._cache, common = make_prompt_cache(self.model, self.max_kv_size), 0
+        return self._cache, prompt[common:]
+
+    def _marking(
+        self, prompt: list[int], cache: list[Any], progress: Callable[[int, int], None] | None
+    ) -> Callable[[int, int], None]:
+        """`progress`, which also keeps the cache as it is before the last prompt token.
+
+        Sliding windows and recurrent state cannot be cut back to what the next prompt shares.
+        """
+
+        def called(done: int, total: int) -> None:
+            if done == total - 1:
+                self._bookmark = prompt[:-1], Bookmark(cache)
+            if progress is not None:
+                progress(done, total)
+
+        return called
+
+    def _forget(self) -> None:
+        self._cache, self._tokens, self._bookmark = None, [], None

@@ -1,0 +1,182 @@
+"""Generation: mlx-lm's own, told where the prompt ends, or speculative."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import UserError
+from ..method.cache import tokens_seen
+from ..models.looped import Looped
+from ..upstream import ROTATING_KEEP
+from .prefill import prefill_step
+from .prompt import Prompt, check_prompt, encode
+from .sampling import Sampler
+from .speculative import Drafter, LookupDraft, ModelDraft, SelfDraft, speculative_generate_step
+
+
+def make_prompt_cache(model: Looped, max_kv_size: int | None = None) -> list[Any]:
+    """An empty cache for `model` with the loop settings that it has now.
+
+    As mlx-lm's function of that name, which also works, but `max_kv_size` holds for every model
+    and key/value policy.
+
+    Args:
+        max_kv_size: keep the first 4 and the latest tokens, this many in all. None: keep all.
+    """
+    if max_kv_size is not None and max_kv_size <= ROTATING_KEEP:
+        raise UserError(f"max_kv_size={max_kv_size} is too small: it must be over {ROTATING_KEEP}")
+    return model.new_cache(max_kv_size)
+
+
+def stream_generate(
+    model: Looped,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    max_tokens: int = 256,
+    *,
+    prompt_cache: list[Any] | None = None,
+    max_kv_size: int | None = None,
+    draft: str | nn.Module | Drafter | None = None,
+    context: Sequence[int] = (),
+    **kwargs: Any,
+) -> Generator[GenerationResponse, None, None]:
+    """mlx-lm's `stream_generate` for a looped model under any `decode` setting.
+
+    Args:
+        prompt: a text, or token ids.
+        prompt_cache: what came before; it is updated. None: nothing.
+        draft: speculative decoding (`mlx_loop.generation.speculative`), with the same tokens or,
+            sampled, from the same distribution: `self`, the un-looped model drafts; `lookup`, the
+            text so far does; or a small model with the same tokens.
+        context: the tokens in `prompt_cache`, which `lookup` and a model draft from.
+        kwargs: whatever mlx-lm's `stream_generate` takes; with a draft, what
+            `speculative_generate_step` does. With `kv_bits`, `prefill_step_size` is 512 unless it
+            is given (`prefill.prefill_step`).
+
+    Raises:
+        UserError: as `check_prompt`, and `speculative.check` where something drafts.
+    """
+    if "draft_model" in kwargs:
+        raise UserError("pass the draft model as draft, not as draft_model")
+    tokens = encode(tokenizer, prompt)
+    if prompt_cache is None:
+        prompt_cache = make_prompt_cache(model, max_kv_size)
+    kv_bits = kwargs.get("kv_bits")
+    check_prompt(model, tokens, prompt_cache, max_kv_size, kv_bits, kwargs.get("kv_group_size", 64))
+    kwargs.setdefault("prefill_step_size", prefill_step(kv_bits))
+    if draft is None or (draft == "self" and model.is_unlooped):
+        kwargs.pop("num_draft_tokens", None)
+        yield from mlx_lm.stream_generate(
+            model.for_prompt(prompt_cache, len(tokens)),
+            tokenizer,
+            tokens,
+            max_tokens,
+            prompt_cache=prompt_cache,
+            **kwargs,
+        )
+        return
+    drafter = _drafter(draft)
+    _check_draft(drafter, prompt_cache, context, kwargs)
+    clock = _Clock(kwargs.pop("prompt_progress_callback", None))
+    steps = speculative_generate_step(
+        tokens,
+        model,
+        drafter,
+        prompt_cache=prompt_cache,
+        context=context,
+        max_tokens=max_tokens,
+        prompt_progress_callback=clock,
+        **kwargs,
+    )
+    with wired_limit(model, [generation_stream]):  # type: ignore[list-item]
+        yield from _responses(steps, tokenizer, clock, len(tokens), max_tokens)
+
+
+def _drafter(draft: str | nn.Module | Drafter) -> Drafter:
+    if draft == "self":
+        return SelfDraft()
+    if draft == "lookup":
+        return LookupDraft()
+    if isinstance(draft, str):
+        raise UserError(f"draft={draft!r} is not valid: it must be 'self', 'lookup' or a model")
+    return ModelDraft(draft) if isinstance(draft, nn.Module) else draft
+
+
+def _check_draft(
+    drafter: Drafter, cache: list[Any], context: Sequence[int], kwargs: dict[str, Any]
+) -> None:
+    if not isinstance(kwargs.get("sampler") or Sampler(), Sampler):
+        raise UserError(
+            "drafting needs to know the distribution that tokens are drawn from: pass as "
+            "sampler a mlx_loop.generation.sampling.Sampler, whose arguments are those of mlx-lm's "
+            "make_sampler"
+        )
+    for name in ("logits_processors", "input_embeddings"):
+        if kwargs.get(name) is not None:
+            raise UserError(f"{name} do not work with a draft: leave one of them out")
+    if isinstance(drafter, ModelDraft) and tokens_seen(cache) != len(context):
+        raise UserError("a draft model has to read what is in prompt_cache: pass it as context")
+
+
+class _Clock:
+    """Told of a prompt's progress, it knows when the prompt was done with, in seconds.
+
+    The first round of drafts brings many tokens, so its time may not count for the prompt.
+    """
+
+    def __init__(self, watched: Callable[[int, int], None] | None):
+        self.start = self.processed = time.perf_counter()
+        self._watched = watched
+
+    def __call__(self, done: int, total: int) -> None:
+        self.processed = time.perf_counter()
+        if self._watched is not None:
+            self._watched(done, total)
+
+
+def _responses(
+    steps: Generator[tuple[int, mx.array, bool], None, None],
+    tokenizer: TokenizerWrapper,
+    clock: _Clock,
+    prompt_tokens: int,
+    max_tokens: int,
+) -> Generator[GenerationResponse, None, None]:
+    """What mlx-lm's `stream_generate` makes of tokens; it takes no generator but its own."""
+    detokenizer = tokenizer.detokenizer
+    with closing(steps):
+        for n, (token, logprobs, from_draft) in enumerate(steps, 1):
+            reason = "length" if n == max_tokens else None
+            if token in tokenizer.eos_token_ids:
+                reason = "stop"
+            else:
+                detokenizer.add_token(token)
+            if reason:
+                detokenizer.finalize()
+            yield GenerationResponse(
+                text=detokenizer.last_segment,
+                token=token,
+                logprobs=logprobs,
+                from_draft=from_draft,
+                prompt_tokens=prompt_tokens,
+                prompt_tps=prompt_tokens / (clock.processed - clock.start),
+                generation_tokens=n,
+                generation_tps=n / (time.perf_counter() - clock.processed),
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=reason,
+            )
+            if reason:
+                return
+
+
+def generate(model: Looped, tokenizer: TokenizerWrapper, prompt: Prompt, **kwargs: Any) -> str:
+    """The whole answer as text. Arguments as in `stream_generate`."""
+    return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **kwargs))

@@ -1,0 +1,1 @@
+"""What loops do to a model: comparison, traces, studies and their statistics."""

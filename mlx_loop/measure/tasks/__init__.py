@@ -1,0 +1,1 @@
+"""What is measured: problems and how their answers are scored."""

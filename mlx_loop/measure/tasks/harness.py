@@ -1,0 +1,162 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, through mlx-lm's adapter, for looped models.
+
+Needs lm-eval (the `eval` extra). The score of every problem is kept, so that settings are compared
+problem by problem like RULER's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ...errors import UserError
+from ...models.looped import Looped
+from ..sweep import Results
+
+
+@dataclass(frozen=True)
+class Harness:
+    """What is asked of lm-evaluation-harness.
+
+    Args:
+        tasks: names of tasks or groups.
+        include_path: a folder with task files of the user's.
+        limit: problems of each task; None: all.
+        lengths, tokenizer: context lengths and the tokenizer's folder or repository, for the
+            harness's own `ruler` tasks.
+    """
+
+    tasks: Sequence[str]
+    include_path: Path | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    lengths: Sequence[int] = ()
+    tokenizer: str = ""
+    template: Mapping[str, Any] = field(default_factory=dict)
+
+
+def answer_tasks(
+    views: Sequence[Looped],
+    tokenizer: TokenizerWrapper,
+    harness: Harness,
+    results: Results,
+    advance: Callable[[int], bool],
+) -> bool:
+    """Run the tasks under every setting, as far as `results` lacks them.
+
+    A row has the problem's prompt, the answer (or the log-likelihoods of the choices), all metrics
+    and the task's first one as the score. A task that has come to its end under a setting has a
+    row of its own, which says so.
+
+    Args:
+        advance: called with how many tasks were done; False: stop here.
+
+    Returns:
+        Whether it came to the end.
+
+    Raises:
+        UserError: lm-eval is missing, or a task cannot be loaded.
+    """
+    evaluate, manager, adapter = _lm_eval(harness)
+    for task in harness.tasks:
+        for view in views:
+            done = {"item": f"lm_eval:{task}"}
+            if results.has(view.loop, done):
+                continue
+            try:
+                found = evaluate(
+                    model=adapter(view, tokenizer),
+                    tasks=[task],
+                    limit=harness.limit,
+                    task_manager=manager,
+                    apply_chat_template=tokenizer.has_chat_template,
+                    fewshot_as_multiturn=tokenizer.has_chat_template,
+                    bootstrap_iters=0,
+                )
+            except UserError:
+                raise
+            except Exception as error:  # Tasks raise whatever their code or the network raises.
+                line = next(iter(str(error).splitlines()), repr(error))
+                raise UserError(
+                    f"lm_eval:{task} failed ({line}); `lm-eval ls tasks` lists the tasks, and "
+                    "data that is not on this computer needs a network"
+                ) from error
+            for name, samples in found["samples"].items():
+                for row in rows(name, samples):
+                    if not results.has(view.loop, row):
+                        results.add(view.loop, row)
+            results.add(view.loop, done)
+            if not advance(1):
+                return False
+    return True
+
+
+def rows(task: str, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Results of a task's logged samples, of its first filter; in order of the problems."""
+    out = []
+    for sample in sorted(samples, key=lambda s: s["doc_id"]):
+        if sample["filter"] != samples[0]["filter"]:
+            continue
+        metrics = {
+            name: float(sample[name])
+            for name in sample["metrics"]
+            if isinstance(sample[name], bool | int | float) and sample[name] >= 0
+        }
+        if not metrics:
+            raise UserError(
+                f"lm_eval:{task} has no score of each problem: choose a task with right or wrong "
+                "answers"
+            )
+        metric = next(iter(metrics))
+        out.append(
+            {
+                "item": f"{task}/{sample['doc_id']}",
+                "task": task,
+                "length": None,
+                "index": sample["doc_id"],
+                "prompt": sample["arguments"][0][0],
+                "answer": sample["filtered_resps"],
+                "score": metrics[metric],
+                "metric": metric,
+                "metrics": metrics,
+            }
+        )
+    return out
+
+
+def _lm_eval(harness: Harness) -> tuple[Callable[..., Any], Any, Callable[..., Any]]:
+    """`simple_evaluate`, a task manager, and what makes an LM of a view."""
+    try:
+        from lm_eval.api.model import LM
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.tasks import TaskManager
+        from mlx_lm.evaluate import MLXLM, chat_template_fn
+    except ImportError as error:
+        raise UserError(
+            f"lm_eval tasks need lm-evaluation-harness ({error}): install mlx-loop with its eval "
+            "extra, pip install 'mlx-loop[eval]'"
+        ) from error
+
+    class LoopedLM(MLXLM):
+        """mlx-lm's adapter around a model that is loaded already."""
+
+        apply_chat_template = chat_template_fn(**harness.template)
+
+        def __init__(self, view: Looped, tokenizer: TokenizerWrapper):
+            LM.__init__(self)
+            self._model = view
+            self.tokenizer = tokenizer
+            self._max_tokens = None
+            self._batch_size = harness.batch_size
+            self.use_chat_template = tokenizer.has_chat_template
+            self._sampler = None
+
+    manager = TaskManager(
+        include_path=harness.include_path and str(harness.include_path),
+        metadata={"pretrained": harness.tokenizer, "max_seq_lengths": list(harness.lengths)},
+    )
+    return simple_evaluate, manager, LoopedLM

@@ -1,0 +1,227 @@
+"""What a loop does inside, pass by pass and token by token: does it converge, drift or diverge?
+
+A trace is one forward pass of a view of the model that is observed, so tracing costs nothing where
+nobody traces.
+The numbers, and the thresholds of the verdict, are explained in docs/trace.md.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..errors import UserError
+from ..method.routing import expert_changes
+from ..models.looped import Looped
+from ..models.together import logits
+from ..settings import Guard, LoopConfig
+from .comparison import CHUNK, kl
+
+# Of the verdict. A residual within 5 % of where it began has neither shrunk nor grown.
+SHRUNK, GROWN = 0.95, 1.05
+# Converging is said of nine tokens in ten, or not at all.
+MOST = 0.9
+BAND = Guard().band
+# Differences below this many units of rounding of the state say nothing of the map.
+ROUNDING = 16
+
+
+@dataclass(frozen=True)
+class State:
+    """A state of the loop against the natural pass g(x0), a number for each token.
+
+    Args:
+        norm: |state| / |g(x0)|.
+        cosine: to g(x0).
+        lens_kl: KL(g(x0) || state) in nats, of what the model's head makes of either.
+    """
+
+    norm: list[float]
+    cosine: list[float]
+    lens_kl: list[float]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One evaluation g(x), a number for each token.
+
+    Args:
+        before: the state x.
+        residual: |g(x) - x| / |x|.
+        contraction: |g(x) - g(x')| / |x - x'|, x' the state of the evaluation before: below 1
+            the map contracts along this step. Not a number in the first pass, and where
+            |x - x'| is lost in rounding.
+        experts_changed: share of tokens whose set of experts is not that of the first pass,
+            under live routing, averaged over layers with experts; None: there are none.
+    """
+
+    before: State
+    residual: list[float]
+    contraction: list[float]
+    experts_changed: float | None
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What is iterated as one: the window, or in layer scope one of its layers.
+
+    Args:
+        layers: their numbers.
+        passes: in order of evaluation.
+        result: the state that leaves the loop.
+        growth: |g(x) - x| of the last pass over that of the first, for each token.
+    """
+
+    layers: list[int]
+    passes: list[Pass]
+    result: State
+    growth: list[float]
+
+    @property
+    def verdict(self) -> str:
+        """`converging`, `drifting` or `diverging`, or `no verdict` from a single pass."""
+        if len(self.passes) < 2:
+            return "no verdict"
+        growth = _median(self.growth)
+        if not growth <= GROWN:
+            return "diverging"
+        steady = sum(g <= 1 for g in self.growth) / len(self.growth)
+        if growth < SHRUNK and steady >= MOST and self.outside <= 1 - MOST:
+            return "converging"
+        return "drifting"
+
+    @property
+    def outside(self) -> float:
+        """Share of tokens whose result's norm is outside `BAND`."""
+        low, high = BAND
+        return sum(not low <= n <= high for n in self.result.norm) / len(self.result.norm)
+
+    @property
+    def reason(self) -> str:
+        """The numbers behind the verdict."""
+        grew = sum(not g <= 1 for g in self.growth) / len(self.growth)
+        low, high = BAND
+        return (
+            f"residual x{_median(self.growth):.2f} from first to last pass (median), grows for "
+            f"{grew:.0%} of tokens; norm outside {low}-{high} of the natural pass's for "
+            f"{self.outside:.0%}"
+        )
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A prompt under one setting.
+
+    Args:
+        loop: complete settings.
+        tokens: of the prompt.
+        loops: in order of the layers.
+    """
+
+    loop: LoopConfig
+    tokens: list[int]
+    loops: list[Loop]
+
+    @property
+    def verdict(self) -> str:
+        """The worst of its loops'."""
+        order = ("no verdict", "converging", "drifting", "diverging")
+        return max((loop.verdict for loop in self.loops), key=order.index)
+
+
+def trace(model: Looped, tokens: Sequence[int]) -> Trace:
+    """Run `model` over a prompt, in one piece and without a cache, and measure its loops.
+
+    Raises:
+        UserError: looping is off, or there is no token.
+    """
+    if model.is_unlooped:
+        raise UserError("looping is off, so there is nothing to trace: give --loops 2 or more")
+    if not tokens:
+        raise UserError("the prompt is empty: give at least one token")
+    seen: list[tuple[Sequence[int], Sequence[tuple[mx.array, mx.array]], mx.array]] = []
+    view = model.with_loop(model.loop)
+    view.observer = lambda *loop: seen.append(loop)
+    text = mx.array(list(tokens))[None]
+    mx.eval(view(text))
+    loop = model.loop
+    assert loop is not None
+    changes = expert_changes(model, text) if model.anatomy.mixes_experts else {}
+    loops = [
+        _loop(model, list(layers), evaluations, out, [changes[i] for i in layers if i in changes])
+        for layers, evaluations, out in seen
+    ]
+    return Trace(loop, list(tokens), loops)
+
+
+def _loop(
+    model: Looped,
+    layers: list[int],
+    evaluations: Sequence[tuple[mx.array, mx.array]],
+    out: mx.array,
+    changes: Sequence[list[float]],
+) -> Loop:
+    """Arrays are (1, length, hidden); `changes`: for each layer with experts, of later passes."""
+    natural = evaluations[0][1]
+    passes = []
+    for i, (x, gx) in enumerate(evaluations):
+        changed = [0.0 if i == 0 else layer[i - 1] for layer in changes]
+        before = evaluations[i - 1] if i else None
+        passes.append(
+            Pass(
+                _state(model, x, natural),
+                _floats(_norm(gx, x) / _norm(x)),
+                _contraction(x, gx, before),
+                statistics.fmean(changed) if changed else None,
+            )
+        )
+    (x0, first), (x, last) = evaluations[0], evaluations[-1]
+    growth = _floats(_norm(last, x) / _norm(first, x0))
+    return Loop(layers, passes, _state(model, out, natural), growth)
+
+
+def _contraction(
+    x: mx.array, gx: mx.array, before: tuple[mx.array, mx.array] | None
+) -> list[float]:
+    if before is None:
+        return [math.nan] * x.shape[1]
+    step = _norm(x, before[0])
+    clear = step > ROUNDING * mx.finfo(x.dtype).eps * _norm(x)
+    ratio = _norm(gx, before[1]) / mx.where(clear, step, 1)
+    return _floats(mx.where(clear, ratio, math.nan))
+
+
+def _state(model: Looped, x: mx.array, natural: mx.array) -> State:
+    wide, plain = x.astype(mx.float32), natural.astype(mx.float32)
+    norm, norm_plain = _norm(x), _norm(natural)
+    cosine = mx.sum(wide * plain, axis=-1) / (norm * norm_plain)
+    lens = []
+    for start in range(0, x.shape[1], CHUNK):
+        chunk = [y[..., start : start + CHUNK, :] for y in (natural, x)]
+        lens += _floats(kl(*(logits(model, y) for y in chunk)))
+    return State(_floats(norm / norm_plain), _floats(cosine), lens)
+
+
+def _norm(x: mx.array, minus: mx.array | None = None) -> mx.array:
+    """(1, length, hidden) -> (1, length), float32."""
+    wide = x.astype(mx.float32)
+    return mx.linalg.norm(wide if minus is None else wide - minus.astype(mx.float32), axis=-1)
+
+
+def _floats(x: mx.array) -> list[float]:
+    return x[0].tolist()  # type: ignore[return-value]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of those that are numbers; not a number if none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(known) if known else math.nan
+
+
+def _median(values: Sequence[float]) -> float:
+    """NaN counts as beyond all numbers."""
+    return statistics.median(math.inf if math.isnan(value) else value for value in values)

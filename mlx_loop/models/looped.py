@@ -1,0 +1,310 @@
+"""A looped model: mlx-lm's model class with `Looped` in front.
+
+Weights, their names and everything else stay mlx-lm's, so its loaders, adapters and converters
+work, and its own forward pass runs (`walk`) with the window's layers iterated (`loop`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import CacheList, KVCache
+
+from .. import upstream
+from ..errors import UserError
+from ..method.anatomy import Anatomy, at, survey
+from ..method.cache import First, Last, Own, limited, repeated, tokens_seen
+from ..method.guard import Count
+from ..method.integrators import is_natural, passes
+from ..method.loop import Observer, Run
+from ..method.phase import announce, prompt_end
+from ..method.walk import Walk
+from ..presets import resolve
+from ..settings import LoopConfig
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model was loaded from.
+
+    Args:
+        path: its folder.
+        config: its config.json.
+    """
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+class _Known:
+    """What all views of a model know of it."""
+
+    anatomy: Anatomy | None = None
+
+
+class Looped(nn.Module):
+    """Mixin in front of an mlx-lm `Model`.
+
+    Attributes:
+        checkpoint: what the model was loaded from; None: it was made by hand.
+        observer: watches every loop (`loop.Observer`); None: nobody does.
+    """
+
+    checkpoint: Checkpoint | None = None
+    observer: Observer | None = None
+
+    model_type: str
+    layers: Sequence[nn.Module]
+
+    _loop: LoopConfig | None = None
+    _prompt_end: int | None = None
+    _firings: Count | None = None
+    _make_cache: Callable[[], list[Any]] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._known = _Known()
+
+    # --- Settings ---
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """How mlx-lm's forward pass uses the layers.
+
+        Raises:
+            UserError: a model type whose layers cannot be iterated.
+        """
+        known = self._known.anatomy
+        holders = self.modules() if known is None else [at(self, known.layers[0].path[:-2])]
+        if any(getattr(holder, "pipeline_size", 1) > 1 for holder in holders):
+            raise UserError("a model split into a pipeline cannot loop: set loop=None")
+        if known is None:
+            known = self._known.anatomy = survey(self, _forward)
+        return known
+
+    @property
+    def loop(self) -> LoopConfig | None:
+        """The loop settings, complete; None: looping is off. Partial ones may be assigned."""
+        return self._loop
+
+    @loop.setter
+    def loop(self, loop: LoopConfig | None) -> None:
+        if loop is not None:
+            anatomy = self.anatomy
+            loop = resolve(loop, self.model_type, len(anatomy.layers), anatomy.mixes_experts)
+            if not is_natural(loop):
+                anatomy.check(loop)
+        self._loop = loop
+        self._firings = None if loop is None or loop.guard is None else Count()
+
+    def with_loop(self, loop: LoopConfig | None) -> Looped:
+        """Another view on the same weights, with loop settings of its own. Copies no array."""
+        view = copy.copy(self)
+        view.loop = loop
+        return view
+
+    @property
+    def is_unlooped(self) -> bool:
+        """Whether the settings amount to the plain model: none, K = 1, or `anchored` at beta 1."""
+        return self._loop is None or is_natural(self._loop)
+
+    def take_firings(self) -> tuple[int, int]:
+        """How often the guard fired: (firings, tokens times loops), since the last call.
+
+        Counted are calls with a cache, that is generation, of this view and those that
+        `for_prompt` made of it. In layer scope each layer is a loop. (0, 0) without a guard.
+        """
+        return (0, 0) if self._firings is None else self._firings.take()
+
+    # --- Where the prompt ends ---
+
+    def begin_decode(self, cache: list[Any]) -> None:
+        """Say that the prompt is complete: single tokens fed from now on were generated.
+
+        It matters where `decode` is not `full`. A later call with several tokens starts the next
+        prompt. `mlx_loop.generate` and the commands say it themselves.
+        """
+        announce(cache, tokens_seen(cache) or 0)
+
+    def for_prompt(self, cache: Sequence[Any], length: int) -> Looped:
+        """A view for one generation: of what it is fed with `cache`, the next `length` tokens are
+        the prompt and all later ones generated, however they are split into calls.
+        """
+        view = copy.copy(self)
+        view._prompt_end = (tokens_seen(cache) or 0) + length
+        return view
+
+    def _count_looped(self, loop: LoopConfig, cache: list[Any] | None, length: int) -> int:
+        """How many of the next `length` tokens loop; they are the first ones."""
+        if loop.decode == "full" or cache is None:
+            return length
+        end = prompt_end(cache, length) if self._prompt_end is None else self._prompt_end
+        if end is None:
+            return length
+        generated = 0 if loop.decode == "bypass" else int(loop.decode or 0)
+        return min(max(end + generated - (tokens_seen(cache) or 0), 0), length)
+
+    # --- The forward pass ---
+
+    def __call__(self, inputs: mx.array, cache: list[Any] | None = None, **kwargs: Any) -> mx.array:
+        """Tokens (batch, length), int -> logits (batch, length, vocab), model dtype.
+
+        Args:
+            cache: one entry per layer, from mlx-lm's `make_prompt_cache(model)`; it is updated.
+            kwargs: what else mlx-lm's model takes; arrays with the tokens along their second axis.
+
+        Raises:
+            UserError: the cache was made for other loop settings, or the layers are spread over a
+                pipeline.
+        """
+        if cache is not None:
+            self._check(cache)
+        loop = None if self.is_unlooped else self._loop
+        if loop is None:
+            return _forward(self, inputs, cache, **kwargs)
+        along = [inputs, *(value for value in kwargs.values() if isinstance(value, mx.array))]
+        length = max(array.shape[1] for array in along)
+        looped = self._count_looped(loop, cache, length)
+        # The tokens that loop come first and cannot see the others, so they go first.
+        outs = [
+            self._run(inputs[:, part], cache, loops, {n: _part(v, part) for n, v in kwargs.items()})
+            for part, loops in ((slice(looped), True), (slice(looped, length), False))
+            if len(range(length)[part])
+        ]
+        return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
+
+    def _run(
+        self, tokens: mx.array, cache: list[Any] | None, loops: bool, kwargs: dict[str, Any]
+    ) -> mx.array:
+        walk = self.walk()
+        if loops or self._histories() > 1:
+            self.run(cache).put_into(walk, loops)
+        return walk.run(tokens, self.faces(cache), **kwargs)
+
+    def walk(self) -> Walk:
+        """A forward pass of mlx-lm's own model, to put stand-ins into."""
+        return Walk(self, _forward)
+
+    def run(self, cache: list[Any] | None, **settings: Any) -> Run:
+        """The loop, for one forward pass with `cache`; settings are those of `loop.Run`."""
+        assert self._loop is not None
+        settings.setdefault("policy", self.policy(cache))
+        return Run(self, self._loop, firings=self._firings, observer=self.observer, **settings)
+
+    # --- Caches ---
+
+    @property
+    def make_cache(self) -> Callable[[], list[Any]]:
+        """mlx-lm's hook of models that need caches of their own; absent where that is not so.
+
+        Raises:
+            UserError: `decode` is not `full`, and a function of mlx-lm's asks for a cache, which
+                will not say where the prompt ends.
+        """
+        if self._make_cache is not None:
+            return self._make_cache
+        loop = None if self.is_unlooped else self._loop
+        if loop is not None and loop.decode != "full" and upstream.request().by_mlx_lm:
+            raise UserError(
+                f"mlx-lm's own functions do not say where the prompt ends, and decode="
+                f"{loop.decode!r} needs to know: generate with mlx_loop.generate, or make the "
+                "cache yourself and call model.begin_decode(cache) after the prompt, or set "
+                "decode='full'"
+            )
+        if self._histories() > 1:
+            return lambda: self.new_cache(upstream.request().max_kv_size)
+        return super().make_cache  # type: ignore[misc]
+
+    @make_cache.setter
+    def make_cache(self, make: Callable[[], list[Any]]) -> None:
+        self._make_cache = make
+
+    def new_cache(self, max_kv_size: int | None = None) -> list[Any]:
+        """An empty cache, one entry per layer.
+
+        Args:
+            max_kv_size: the most tokens that a layer keeps, mlx-lm's rotating cache; it keeps
+                the first few and the latest. None: all.
+        """
+        native = self._make_cache or getattr(super(), "make_cache", None)
+        entries = native() if native else [KVCache() for _ in self.layers]
+        entries = limited(entries, max_kv_size)
+        for i in self._looped_entries():
+            entries[i] = repeated(entries[i], self._histories())
+        return entries
+
+    def histories(self, cache: Sequence[Any], i: int) -> Sequence[Any]:
+        """The histories in a cache entry: one, or under `own` one per evaluation."""
+        entry = cache[i]
+        if isinstance(entry, CacheList) and (
+            not self.anatomy.nested[i] or isinstance(entry.caches[0], CacheList)
+        ):
+            return entry.caches
+        return (entry,)
+
+    def faces(self, cache: Sequence[Any] | None) -> list[Any] | None:
+        """What mlx-lm's forward pass gets for a cache: of several histories the first."""
+        if cache is None or self._histories() == 1:
+            return cache  # type: ignore[return-value]
+        return [self.histories(cache, i)[0] for i in range(len(cache))]
+
+    def _histories(self) -> int:
+        """Histories that each layer of the window keeps."""
+        if self._loop is None or self._loop.cache != "own" or self.is_unlooped:
+            return 1
+        return passes(self._loop)
+
+    def _looped_entries(self) -> list[int]:
+        """The cache entries with a history per evaluation."""
+        if self._loop is None or self._histories() == 1:
+            return []
+        return self.anatomy.entries(self._loop.layers)
+
+    def policy(self, cache: Sequence[Any] | None) -> Callable[[Any, int], Any]:
+        """(what a layer gets as its cache, number of tokens) -> its key/value policy."""
+        loop, count = self._loop, self._histories()
+        assert loop is not None
+        if loop.cache != "own":
+            return First if loop.cache == "first" else Last
+        faces, looped = self.faces(cache) or [], self._looped_entries()
+        known: dict[int, Sequence[Any]] = {id(face): (face,) * count for face in faces}
+        known |= {id(faces[i]): self.histories(cache, i) for i in looped if cache is not None}
+
+        def policy(face: Any, length: int) -> Own:
+            # A cache that is not the model's is mlx-lm's own for one pass, and empty.
+            fresh = [face, *(copy.deepcopy(face) for _ in range(count - 1))]
+            return Own(known.get(id(face)) or fresh)
+
+        return policy
+
+    def _check(self, cache: Sequence[Any]) -> None:
+        """Refuse a cache that does not hold the histories that the settings need."""
+        looped = self._looped_entries()
+        if not looped and not any(isinstance(entry, CacheList) for entry in cache):
+            return
+        for i in range(len(cache)):
+            needed = self._histories() if i in looped else 1
+            found = len(self.histories(cache, i))
+            if found != needed:
+                raise UserError(
+                    f"this cache was made for other loop settings: entry {i} has {found} "
+                    f"{'history' if found == 1 else 'histories'} in it and needs {needed}; make a "
+                    "new one with mlx_lm's make_prompt_cache(model)"
+                )
+
+
+def _forward(
+    model: Looped, tokens: mx.array, cache: Sequence[Any] | None, **kwargs: Any
+) -> mx.array:
+    """mlx-lm's own forward pass, of a view or of the model itself."""
+    return super(Looped, model).__call__(tokens, cache=cache, **kwargs)  # type: ignore[misc]
+
+
+def _part(value: Any, part: slice) -> Any:
+    return value[:, part] if isinstance(value, mx.array) else value

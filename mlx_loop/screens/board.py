@@ -1,0 +1,135 @@
+"""Answers of several settings side by side: columns where the terminal is wide, else rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from ..measure.comparison import Answer
+from ..settings import LoopConfig
+from .terminal import extra_cost
+
+# Stands before the first token that is not the un-looped answer's.
+MARK = "▶"
+NARROWEST_COLUMN = 24
+
+
+def titles(loops: Sequence[LoopConfig | None]) -> list[str]:
+    """A short name for each setting: the fields in which the settings differ."""
+    given = [loop for loop in loops if loop is not None]
+    differing = [
+        field.name
+        for field in fields(LoopConfig)
+        if len({getattr(loop, field.name) for loop in given}) > 1
+    ] or ["loops"]
+    return [
+        "no loop"
+        if loop is None
+        else ", ".join(
+            _name(field, getattr(loop, field))
+            for field in differing
+            if getattr(loop, field) is not None
+        )
+        for loop in loops
+    ]
+
+
+def _name(field: str, value: object) -> str:
+    if field == "loops":
+        return f"{value} loops"
+    if field == "integrator":
+        return str(value)
+    if isinstance(value, tuple):
+        shown = ",".join(map(str, value))
+        return f"[{shown})" if field == "window" else f"{field} {shown}"
+    return f"{field} {value}"
+
+
+def notes(answer: Answer, base: Answer) -> list[str]:
+    """The numbers under an answer, in a few short lines; `base` is the un-looped one."""
+    speed, extra_time = answer.tokens_per_second, answer.extra_time(base)
+    lines = [] if speed is None else [f"{speed:.1f} tokens/s"]
+    if answer.drafted:
+        lines.append(f"{answer.drafted / len(answer.tokens):.0%} of tokens drafted")
+    if answer.loop is not None:
+        lines.append(extra_cost(answer.view))
+        if extra_time is not None:
+            lines.append(f"{extra_time:+.0%} time per token")
+        if answer.measures is not None:
+            measures = answer.measures
+            lines.append(f"KL {measures.first_kl:.2g} first, {measures.mean_kl:.2g} mean")
+            lines.append(f"agreement {measures.agreement:.0%}")
+        if answer.loop.guard is not None and answer.firings[1]:
+            lines.append("guard fired {} of {} times".format(*answer.firings))
+    return lines
+
+
+def marked(answer: Answer) -> Text:
+    """The text, with the place marked where it departs from the un-looped answer."""
+    at = answer.departs
+    if at is None:
+        return Text(answer.text)
+    start, *rest = answer.starts[at:]
+    end = rest[0] if rest else len(answer.text)
+    return Text.assemble(
+        answer.text[:start],
+        (MARK + answer.text[start:end], "bold yellow"),
+        answer.text[end:],
+    )
+
+
+class Board:
+    """All answers, as a rich renderable. In a space of fixed height only the ends are shown."""
+
+    def __init__(self, answers: Sequence[Answer]):
+        self._answers = answers
+        self._titles = titles([answer.loop for answer in answers])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        count = len(self._answers)
+        width = (options.max_width - 3 * count - 1) // count
+        if width >= NARROWEST_COLUMN:
+            yield self._columns(console, width, options.height)
+        else:
+            yield from self._rows(console, options.max_width, options.height)
+
+    def _columns(self, console: Console, width: int, height: int | None) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+        for title in self._titles:
+            table.add_column(Text(title), width=width)
+        numbers = [Text("\n".join(self._notes(answer)), "dim") for answer in self._answers]
+        taken = 6 + max(len(text.wrap(console, width)) for text in numbers)
+        room = None if height is None else max(height - taken, 1)
+        table.add_row(*(_end(marked(a), console, width, room) for a in self._answers))
+        table.add_row()
+        table.add_row(*numbers)
+        return table
+
+    def _rows(self, console: Console, width: int, height: int | None) -> RenderResult:
+        room = None if height is None else max(height // len(self._answers) - 3, 1)
+        for title, answer in zip(self._titles, self._answers, strict=True):
+            yield Text.assemble(
+                (title, "bold"), ("  " + " · ".join(self._notes(answer)), "dim"), overflow="fold"
+            )
+            yield _end(marked(answer), console, width, room)
+            yield ""
+
+    def plain(self) -> str:
+        """For a pipe: no line is wrapped."""
+        parts = []
+        for title, answer in zip(self._titles, self._answers, strict=True):
+            parts.append(f"{title}: {' · '.join(self._notes(answer))}\n{marked(answer).plain}\n")
+        return "\n".join(parts)
+
+    def _notes(self, answer: Answer) -> list[str]:
+        return notes(answer, self._answers[0])
+
+
+def _end(text: Text, console: Console, width: int, room: int | None) -> Text:
+    lines = text.wrap(console, width, overflow="fold")
+    return Text("\n").join(lines if room is None else lines[-room:])

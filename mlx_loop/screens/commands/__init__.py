@@ -1,0 +1,1 @@
+"""What the sub-commands do; `mlx_loop.screens.cli` has their options."""

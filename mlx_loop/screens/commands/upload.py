@@ -1,0 +1,31 @@
+"""`mlx_loop upload`: put a saved folder on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+from ...checkpoints.card import upload
+from ...checkpoints.loading import read_config
+from ...checkpoints.whole import check
+from ...errors import UserError
+from ..terminal import out
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = Path(args.path)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: give one that mlx_loop has written")
+    check(folder, read_config(folder))
+    try:
+        page = upload(folder, args.upload_repo)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot upload to {args.upload_repo} ({reason}): check the name and run "
+            "`hf auth login`"
+        ) from error
+    out.print(f"{folder} is at {page}")
+    return 0

@@ -1,0 +1,91 @@
+"""The line that a person types at, with its keys and history, and its stand-in for a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
+from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.formatted_text import HTML
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+from ..errors import UserError
+
+HISTORY = Path.home() / ".cache" / "mlx_loop"
+
+
+def typed_lines(name: str, commands: Iterable[str]) -> Iterator[str]:
+    """What a person types, message by message, until Ctrl-D.
+
+    Args:
+        name: of the program, whose history is kept.
+        commands: words that Tab completes after a slash.
+    """
+    session: PromptSession[str] = PromptSession(
+        history=_history(HISTORY / f"{name}_history"),
+        auto_suggest=AutoSuggestFromHistory(),
+        completer=WordCompleter([f"/{word}" for word in (*commands, "quit")], sentence=True),
+        complete_while_typing=False,
+        key_bindings=_keys(),
+        multiline=True,
+        prompt_continuation="  ",
+    )
+    while True:
+        try:
+            text = session.prompt(HTML("<ansigreen><b>&gt; </b></ansigreen>")).strip()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+        if text:
+            yield text
+
+
+def piped_lines() -> Iterator[str]:
+    """The lines of standard input that are not empty."""
+    for line in sys.stdin:
+        if line.strip():
+            yield line.strip()
+
+
+def needed(argument: str, example: str) -> str:
+    """The argument of a command, unless it is missing.
+
+    Raises:
+        UserError: it is; the message shows the example.
+    """
+    if not argument:
+        raise UserError(f"something is missing: {example}")
+    return argument
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.current_line.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.newline()
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.newline()
+
+    return keys
+
+
+def _history(path: Path) -> History:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))
