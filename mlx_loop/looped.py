@@ -225,6 +225,10 @@ class Looped(nn.Module):
     def make_cache(self, make: Callable[[], list[Any]]) -> None:
         self._make_cache = make
 
+    @make_cache.deleter
+    def make_cache(self) -> None:
+        self._make_cache = None
+
     def new_cache(self, max_kv_size: int | None = None) -> list[Any]:
         """An empty cache, one entry per layer.
 

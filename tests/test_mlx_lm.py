@@ -281,6 +281,8 @@ def test_make_cache_can_be_replaced(model, loop):
     view.make_cache = lambda: other.new_cache(16)
     assert {entry.max_size for entry in make_prompt_cache(view)} == {16}
     assert generated(view, max_tokens=20) == generated(other, max_tokens=20, max_kv_size=16)
+    del view.make_cache
+    assert generated(view, max_tokens=20) == generated(other, max_tokens=20)
 
 
 def test_max_kv_size_is_honoured_by_mlx_lms_own_functions_under_own(model):
