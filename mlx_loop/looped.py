@@ -152,10 +152,13 @@ class Looped(nn.Module):
 
     # --- The forward pass ---
 
-    def __call__(self, inputs: mx.array, cache: list[Any] | None = None, **kwargs: Any) -> mx.array:
+    def __call__(
+        self, inputs: mx.array | None, cache: list[Any] | None = None, **kwargs: Any
+    ) -> mx.array:
         """Tokens (batch, length), int -> logits (batch, length, vocab), model dtype.
 
         Args:
+            inputs: None, where mlx-lm's model needs embeddings only.
             cache: one entry per layer, from mlx-lm's `make_prompt_cache(model)`; it is updated.
             kwargs: what else mlx-lm's model takes; arrays with the tokens along their second axis.
 
@@ -168,19 +171,21 @@ class Looped(nn.Module):
         loop = None if self.is_unlooped else self._loop
         if loop is None:
             return _forward(self, inputs, cache, **kwargs)
-        along = [inputs, *(value for value in kwargs.values() if isinstance(value, mx.array))]
-        length = max(array.shape[1] for array in along)
+        given = [value for value in (inputs, *kwargs.values()) if isinstance(value, mx.array)]
+        length = max(array.shape[1] for array in given)
         looped = self._count_looped(loop, cache, length)
         # The tokens that loop come first and cannot see the others, so they go first.
         outs = [
-            self._run(inputs[:, part], cache, loops, {n: _part(v, part) for n, v in kwargs.items()})
+            self._run(
+                _part(inputs, part), cache, loops, {n: _part(v, part) for n, v in kwargs.items()}
+            )
             for part, loops in ((slice(looped), True), (slice(looped, length), False))
             if len(range(length)[part])
         ]
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
 
     def _run(
-        self, tokens: mx.array, cache: list[Any] | None, loops: bool, kwargs: dict[str, Any]
+        self, tokens: mx.array | None, cache: list[Any] | None, loops: bool, kwargs: dict[str, Any]
     ) -> mx.array:
         walk = self.walk()
         if loops or self._histories() > 1:
@@ -304,7 +309,7 @@ class Looped(nn.Module):
 
 
 def _forward(
-    model: Looped, tokens: mx.array, cache: Sequence[Any] | None, **kwargs: Any
+    model: Looped, tokens: mx.array | None, cache: Sequence[Any] | None, **kwargs: Any
 ) -> mx.array:
     """mlx-lm's own forward pass, of a view or of the model itself."""
     return super(Looped, model).__call__(tokens, cache=cache, **kwargs)  # type: ignore[misc]
