@@ -212,9 +212,7 @@ class Looped(nn.Module):
             UserError: `decode` is not `full`, and a function of mlx-lm's asks for a cache, which
                 will not say where the prompt ends.
         """
-        if self._make_cache is not None:
-            return self._make_cache
-        loop = None if self.is_unlooped else self._loop
+        loop = None if self.is_unlooped or self._make_cache is not None else self._loop
         if loop is not None and loop.decode != "full" and upstream.request().by_mlx_lm:
             raise UserError(
                 f"mlx-lm's own functions do not say where the prompt ends, and decode="
@@ -224,7 +222,7 @@ class Looped(nn.Module):
             )
         if self._histories() > 1:
             return lambda: self.new_cache(upstream.request().max_kv_size)
-        return super().make_cache  # type: ignore[misc]
+        return self._make_cache or super().make_cache  # type: ignore[misc]
 
     @make_cache.setter
     def make_cache(self, make: Callable[[], list[Any]]) -> None:
@@ -245,7 +243,8 @@ class Looped(nn.Module):
         entries = native() if native else [KVCache() for _ in self.layers]
         entries = limited(entries, max_kv_size)
         for i in self._looped_entries():
-            entries[i] = repeated(entries[i], self._histories())
+            if len(self.histories(entries, i)) == 1:
+                entries[i] = repeated(entries[i], self._histories())
         return entries
 
     def histories(self, cache: Sequence[Any], i: int) -> Sequence[Any]:
