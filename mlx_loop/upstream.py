@@ -7,7 +7,7 @@ has is told in one line, when it is asked for here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -40,6 +40,8 @@ def _need(name: str) -> Any:
 # --- Models ---
 
 REMAPPING: dict[str, str] = _need("utils:MODEL_REMAPPING")
+# (model type, architecture, both as in config.json) -> model type.
+ARCHITECTURES: dict[tuple[str, str], str] = _need("utils:MODEL_ARCHITECTURE_REMAPPING")
 # What holds all experts of a layer, called with states and the numbers of the chosen ones.
 EXPERTS = (_need("models.switch_layers:SwitchGLU"), _need("models.switch_layers:SwitchMLP"))
 # Types whose mask lets a token see later ones of the same call.
@@ -56,6 +58,15 @@ def model_types() -> list[str]:
         for _, name, _ in iter_modules([str(folder)])
         if "\nclass ModelArgs" in (folder / f"{name}.py").read_text()
     )
+
+
+def file_of(config: Mapping[str, Any]) -> str:
+    """The model type whose file mlx-lm uses for a config.json."""
+    model_type, names = str(config.get("model_type")), config.get("architectures") or ()
+    for name in (names,) if isinstance(names, str) else names:
+        if (model_type, name) in ARCHITECTURES:
+            return ARCHITECTURES[model_type, name]
+    return REMAPPING.get(model_type, model_type)
 
 
 def model_classes(model_type: str) -> tuple[type, type]:

@@ -72,6 +72,12 @@ def test_a_type_that_cannot_loop_says_why_and_runs_as_it_is(name):
     assert mx.array_equal(model.with_loop(None)(TEXT), plain(model)(TEXT))
 
 
+def test_a_model_whose_own_forward_pass_fails_says_so():
+    model = build("qwen3_next", full_attention_interval=16)  # needs an attention layer for a mask
+    with pytest.raises(UserError, match="'qwen3_next' cannot loop: its own forward pass fails, "):
+        model.with_loop(LoopConfig())
+
+
 def test_off_and_one_loop_are_mlx_lm_to_the_bit(model):
     expected = fed(plain(model), (PROMPT,))
     assert mx.array_equal(fed(model, (PROMPT,)), expected)

@@ -197,7 +197,8 @@ def test_embeddings_may_take_the_place_of_tokens(any_model):
     for loop in (None, LoopConfig(loops=3)):
         view = any_model.with_loop(loop)
         embedded = embed(any_model, text)
-        assert mx.array_equal(view(text, input_embeddings=embedded), view(text))
+        for given in (text, None):
+            assert mx.array_equal(view(given, input_embeddings=embedded), view(text))
 
 
 def test_gradients_flow_through_a_loop(model):

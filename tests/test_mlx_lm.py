@@ -275,12 +275,16 @@ def test_a_model_can_be_copied_and_pickled(looped, again):
     assert not mx.array_equal(other(text), looped(text))
 
 
-@pytest.mark.parametrize("loop", [None, LoopConfig(loops=3)])
+@pytest.mark.parametrize("loop", [None, LoopConfig(loops=3), LoopConfig(loops=3, cache="own")])
 def test_make_cache_can_be_replaced(model, loop):
     view, other = model.with_loop(loop), model.with_loop(loop)
     view.make_cache = lambda: other.new_cache(16)
-    assert {entry.max_size for entry in make_prompt_cache(view)} == {16}
+    assert {leaf.max_size for leaf in leaves(make_prompt_cache(view))} == {16}
     assert generated(view, max_tokens=20) == generated(other, max_tokens=20, max_kv_size=16)
+    view.make_cache = lambda: model.with_loop(None).new_cache(16)
+    assert generated(view, max_tokens=20) == generated(other, max_tokens=20, max_kv_size=16)
+    del view.make_cache
+    assert generated(view, max_tokens=20) == generated(other, max_tokens=20)
 
 
 def test_max_kv_size_is_honoured_by_mlx_lms_own_functions_under_own(model):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm.utils
 import pytest
 from conftest import relative_error, tokens
 from mlx_lm.generate import generate_step, maybe_quantize_kv_cache
@@ -15,6 +16,7 @@ from zoo import build
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError, upstream
+from mlx_loop.models import get_classes
 
 
 def written(cache, length, at=0):
@@ -165,6 +167,16 @@ def test_model_types_are_the_files_of_mlx_lm():
     assert {"llama", "qwen3", "gemma3_text", "lfm2-vl", "nemotron-nas"} < set(types)
     assert not {"base", "cache", "rope_utils", "switch_layers"} & set(types)
     assert set(upstream.REMAPPING.values()) <= set(types)
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_the_architecture_chooses_the_file_as_in_mlx_lm(as_list):
+    # _get_classes
+    assert upstream.ARCHITECTURES
+    for model_type, name in [*upstream.ARCHITECTURES, ("qwen2_5_vl", "any"), ("llama", "any")]:
+        config = {"model_type": model_type, "architectures": [name] if as_list else name}
+        looped, args = get_classes(config)
+        assert (looped.__bases__[1], args.__bases__[0]) == mlx_lm.utils._get_classes(config)
 
 
 def test_experts_are_called_with_states_and_numbers():

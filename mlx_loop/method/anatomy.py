@@ -217,7 +217,10 @@ def survey(model: Any, forward: Callable[..., Any]) -> Anatomy:
         return StandIn(layer, call)
 
     places = {paths[i]: watched(i, layer) for i, layer in enumerate(model.layers)}
-    forward(with_layers(model, places), mx.zeros((1, 2), mx.int32), cache)
+    try:
+        forward(with_layers(model, places), mx.zeros((1, 2), mx.int32), cache)
+    except Exception as error:
+        raise _cannot(model, f"its own forward pass fails, {error}") from error
     if [i for i, *_ in calls] != list(range(len(model.layers))):
         reason = "runs its layers several times" if calls else "reaches into its layers"
         raise _cannot(model, f"its own forward pass {reason}")

@@ -57,10 +57,11 @@ class Walk:
 
         self.put(i, last)
 
-    def run(self, tokens: mx.array, cache: Sequence[Any] | None, **kwargs: Any) -> Any:
+    def run(self, tokens: mx.array | None, cache: Sequence[Any] | None, **kwargs: Any) -> Any:
         """Logits (batch, length, vocab) of tokens (batch, length), int.
 
         Args:
+            tokens: None, where mlx-lm's model needs embeddings only.
             cache: an entry per layer as mlx-lm makes them, or None.
             kwargs: whatever else mlx-lm's model takes.
         """

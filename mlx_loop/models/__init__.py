@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ..errors import UserError
-from ..upstream import REMAPPING, model_classes, model_types
+from ..upstream import REMAPPING, file_of, model_classes, model_types
 from .looped import Looped
 from .rope import reader
 
@@ -32,7 +32,7 @@ def get_classes(config: Mapping[str, Any]) -> tuple[type[Looped], type]:
             f"model type {model_type!r} is none of the {len(supported())} that mlx-lm "
             f"{version('mlx-lm')} runs" + (f"; near it are {', '.join(near)}" if near else "")
         )
-    name = REMAPPING.get(model_type, model_type)
+    name = file_of(config)
     return looped_class(name), reader(model_classes(name)[1])
 
 

@@ -152,10 +152,13 @@ class Looped(nn.Module):
 
     # --- The forward pass ---
 
-    def __call__(self, inputs: mx.array, cache: list[Any] | None = None, **kwargs: Any) -> mx.array:
+    def __call__(
+        self, inputs: mx.array | None, cache: list[Any] | None = None, **kwargs: Any
+    ) -> mx.array:
         """Tokens (batch, length), int -> logits (batch, length, vocab), model dtype.
 
         Args:
+            inputs: None, where mlx-lm's model needs embeddings only.
             cache: one entry per layer, from mlx-lm's `make_prompt_cache(model)`; it is updated.
             kwargs: what else mlx-lm's model takes; arrays with the tokens along their second axis.
 
@@ -168,19 +171,21 @@ class Looped(nn.Module):
         loop = None if self.is_unlooped else self._loop
         if loop is None:
             return _forward(self, inputs, cache, **kwargs)
-        along = [inputs, *(value for value in kwargs.values() if isinstance(value, mx.array))]
-        length = max(array.shape[1] for array in along)
+        given = [value for value in (inputs, *kwargs.values()) if isinstance(value, mx.array)]
+        length = max(array.shape[1] for array in given)
         looped = self._count_looped(loop, cache, length)
         # The tokens that loop come first and cannot see the others, so they go first.
         outs = [
-            self._run(inputs[:, part], cache, loops, {n: _part(v, part) for n, v in kwargs.items()})
+            self._run(
+                _part(inputs, part), cache, loops, {n: _part(v, part) for n, v in kwargs.items()}
+            )
             for part, loops in ((slice(looped), True), (slice(looped, length), False))
             if len(range(length)[part])
         ]
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
 
     def _run(
-        self, tokens: mx.array, cache: list[Any] | None, loops: bool, kwargs: dict[str, Any]
+        self, tokens: mx.array | None, cache: list[Any] | None, loops: bool, kwargs: dict[str, Any]
     ) -> mx.array:
         walk = self.walk()
         if loops or self._histories() > 1:
@@ -207,9 +212,7 @@ class Looped(nn.Module):
             UserError: `decode` is not `full`, and a function of mlx-lm's asks for a cache, which
                 will not say where the prompt ends.
         """
-        if self._make_cache is not None:
-            return self._make_cache
-        loop = None if self.is_unlooped else self._loop
+        loop = None if self.is_unlooped or self._make_cache is not None else self._loop
         if loop is not None and loop.decode != "full" and upstream.request().by_mlx_lm:
             raise UserError(
                 f"mlx-lm's own functions do not say where the prompt ends, and decode="
@@ -219,11 +222,15 @@ class Looped(nn.Module):
             )
         if self._histories() > 1:
             return lambda: self.new_cache(upstream.request().max_kv_size)
-        return super().make_cache  # type: ignore[misc]
+        return self._make_cache or super().make_cache  # type: ignore[misc]
 
     @make_cache.setter
     def make_cache(self, make: Callable[[], list[Any]]) -> None:
         self._make_cache = make
+
+    @make_cache.deleter
+    def make_cache(self) -> None:
+        self._make_cache = None
 
     def new_cache(self, max_kv_size: int | None = None) -> list[Any]:
         """An empty cache, one entry per layer.
@@ -236,7 +243,8 @@ class Looped(nn.Module):
         entries = native() if native else [KVCache() for _ in self.layers]
         entries = limited(entries, max_kv_size)
         for i in self._looped_entries():
-            entries[i] = repeated(entries[i], self._histories())
+            if len(self.histories(entries, i)) == 1:
+                entries[i] = repeated(entries[i], self._histories())
         return entries
 
     def histories(self, cache: Sequence[Any], i: int) -> Sequence[Any]:
@@ -300,7 +308,7 @@ class Looped(nn.Module):
 
 
 def _forward(
-    model: Looped, tokens: mx.array, cache: Sequence[Any] | None, **kwargs: Any
+    model: Looped, tokens: mx.array | None, cache: Sequence[Any] | None, **kwargs: Any
 ) -> mx.array:
     """mlx-lm's own forward pass, of a view or of the model itself."""
     return super(Looped, model).__call__(tokens, cache=cache, **kwargs)  # type: ignore[misc]
