@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 from .errors import UserError
-from .settings import INTEGRATOR_FIELDS, LoopConfig, Window
+from .integrators import INTEGRATORS
+from .settings import INTEGRATOR_FIELDS, LoopConfig, ResolvedLoop, Window
 
 # Windows published as good for one model, where they differ from the rule of `default_window`
 # (Training-Free Looped Transformers, arXiv 2605.23872): (model_type, layers) -> window.
@@ -60,7 +62,7 @@ def default_window(num_layers: int) -> tuple[int, int]:
 
 def resolve(
     config: LoopConfig, model_type: str, num_layers: int, mixes_experts: bool = False
-) -> LoopConfig:
+) -> ResolvedLoop:
     """`config` with every field filled in that its integrator reads, and the others `None`.
 
     Args:
@@ -71,37 +73,24 @@ def resolve(
     Raises:
         UserError: the window does not fit the model, or fields do not fit each other.
     """
-    integrator = config.integrator or "anchored"
-    loops = config.loops or (4 if integrator == "aitken" else 3)
+    name = config.integrator or "anchored"
+    integrator = INTEGRATORS[name]
+    loops = config.loops or (4 if integrator.even else 3)
     defaults = {
         "window": KNOWN_WINDOWS.get((model_type, num_layers)) or default_window(num_layers),
         "loops": loops,
-        "integrator": integrator,
+        "integrator": name,
         "norm": "free",
         "cache": "first",
         "decode": "full",
         **(MIXTURE_PRESET if mixes_experts else DENSE_PRESET),
-        **_integrator_defaults(integrator, loops),
+        **{name: d(loops) if callable(d) else d for name, d in integrator.reads.items()},
     }
     changes = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    changes |= {name: None for name, users in INTEGRATOR_FIELDS.items() if integrator not in users}
+    changes |= {name: None for name in INTEGRATOR_FIELDS if name not in integrator.reads}
     if config.window is not None:
         changes["window"] = _as_layers(config.window, num_layers)
-    return replace(config, **changes)
-
-
-def _integrator_defaults(integrator: str, loops: int) -> dict:
-    defaults = {
-        "beta": 0.5,
-        "alpha": 0.5,
-        "momentum": 0.3,
-        "memory": 2,
-        "damping": 1.0,
-        "weights": (0.0,) + (1 / loops,) * loops,
-    }
-    return {
-        name: defaults[name] for name, users in INTEGRATOR_FIELDS.items() if integrator in users
-    }
+    return cast(ResolvedLoop, replace(config, **changes))
 
 
 def _as_layers(window: Window, num_layers: int) -> tuple[int, int]:

@@ -9,41 +9,19 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-
-INTEGRATORS = (
-    "naive",
-    "euler",
-    "anchored",
-    "midpoint",
-    "heun",
-    "kutta3",
-    "rk4",
-    "residual_scaled",
-    "ema",
-    "heavy_ball",
-    "anderson",
-    "aitken",
-    "norm_stab",
-    "input_anchor",
-    "poly_blend",
-    "uniform",
-)
+from .integrators import INTEGRATORS
 
 # The fields that only some integrators read, and which those are.
 INTEGRATOR_FIELDS: Mapping[str, tuple[str, ...]] = {
-    "beta": ("anchored",),
-    "alpha": ("ema", "heavy_ball", "norm_stab", "input_anchor"),
-    "momentum": ("heavy_ball",),
-    "memory": ("anderson",),
-    "damping": ("anderson",),
-    "weights": ("poly_blend",),
+    field: tuple(name for name, integrator in INTEGRATORS.items() if field in integrator.reads)
+    for field in ("beta", "alpha", "momentum", "memory", "damping", "weights")
 }
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "integrator": INTEGRATORS,
+    "integrator": tuple(INTEGRATORS),
     "scope": ("block", "layer"),
     "routing": ("live", "frozen"),
     "norm": ("free", "interpolated"),
@@ -86,8 +64,6 @@ class Guard:
 _BAND = "(low, high) with 0 <= low <= 1 <= high"
 
 Window = tuple[int, int] | tuple[float, float]
-# None until `presets.resolve` fills it in. `Any` spares those who read complete settings a check.
-Unset: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -120,25 +96,26 @@ class LoopConfig:
         UserError: a `ValueError` that names the field, the value and what is allowed.
     """
 
-    window: Window | Unset = None
-    loops: int | Unset = None
-    integrator: str | Unset = None
-    beta: float | Unset = None
-    scope: str | Unset = None
-    routing: str | Unset = None
-    norm: str | Unset = None
-    cache: str | Unset = None
-    decode: str | int | Unset = None
-    alpha: float | tuple[float, ...] | Unset = None
-    momentum: float | Unset = None
-    memory: int | Unset = None
-    damping: float | Unset = None
-    weights: tuple[float, ...] | Unset = None
+    window: Window | None = None
+    loops: int | None = None
+    integrator: str | None = None
+    beta: float | None = None
+    scope: str | None = None
+    routing: str | None = None
+    norm: str | None = None
+    cache: str | None = None
+    decode: str | int | None = None
+    alpha: float | tuple[float, ...] | None = None
+    momentum: float | None = None
+    memory: int | None = None
+    damping: float | None = None
+    weights: tuple[float, ...] | None = None
     guard: Guard | None = None
 
     @property
     def layers(self) -> range:
-        """The window's layers, in complete settings (`model.loop` is complete)."""
+        """The window's layers, in settings that are resolved (`model.loop` is)."""
+        assert self.window is not None
         start, stop = self.window
         return range(int(start), int(stop))
 
@@ -164,10 +141,15 @@ class LoopConfig:
         self._check_alpha()
         self._check_weights()
         self._check_guard()
-        if self.integrator == "aitken" and self.loops is not None and self.loops % 2:
-            raise _wrong("loops", self.loops, "an even number with integrator 'aitken'")
-        if self.integrator == "norm_stab" and self.norm == "interpolated":
-            raise _wrong("norm", self.norm, "'free' with integrator 'norm_stab', which sets norms")
+        if self.integrator is not None:
+            self._check_integrator(self.integrator)
+
+    def _check_integrator(self, name: str) -> None:
+        integrator = INTEGRATORS[name]
+        if integrator.even and self.loops is not None and self.loops % 2:
+            raise _wrong("loops", self.loops, f"an even number with integrator {name!r}")
+        if integrator.sets_norm and self.norm == "interpolated":
+            raise _wrong("norm", self.norm, f"'free' with integrator {name!r}, which sets norms")
 
     def _check_window(self) -> None:
         if self.window is None:
@@ -273,6 +255,28 @@ _PLAIN = dict.fromkeys([*INTEGRATOR_FIELDS, "guard"]) | {
     "cache": "first",
     "decode": "full",
 }
+
+
+if TYPE_CHECKING:
+
+    @dataclass(frozen=True, kw_only=True)
+    class ResolvedLoop(LoopConfig):
+        """Settings with every field set that their integrator reads, and the window as layers.
+
+        `presets.resolve` makes them, and `model.loop` is of this kind.
+        """
+
+        window: tuple[int, int]
+        loops: int
+        integrator: str
+        scope: str
+        routing: str
+        norm: str
+        cache: str
+        decode: str | int
+
+else:
+    ResolvedLoop = LoopConfig  # A type of its own to the checker alone: `replace` may change it.
 
 
 def _wrong(name: str, value: object, allowed: str) -> UserError:

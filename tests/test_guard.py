@@ -9,8 +9,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_loop.method.loop
 from mlx_loop import Guard, LoopConfig, UserError
+from mlx_loop.integrators import INTEGRATORS
 from mlx_loop.method.guard import Count, integrate_guarded
-from mlx_loop.method.integrators import INTEGRATORS, integrate
+from mlx_loop.method.integrate import integrate
 from mlx_loop.presets import resolve
 
 OPEN = Guard(growth=1e6, band=(0, 1e6))

@@ -15,10 +15,12 @@ import pytest
 from gpu_on_host import Job, Memory, needs_compiler
 
 from mlx_loop import LoopConfig
-from mlx_loop.method.integrators import INTEGRATORS, integrate, passes
+from mlx_loop.integrators import INTEGRATORS
+from mlx_loop.method.integrate import integrate
 from mlx_loop.method.kernels import Anderson, combine, on_gpu, update
 from mlx_loop.method.kernels.source import Variant, launch
 from mlx_loop.method.kernels.update import twin
+from mlx_loop.method.plan import passes
 from mlx_loop.presets import resolve
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16

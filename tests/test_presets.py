@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mlx_loop import LoopConfig
+from mlx_loop.integrators import INTEGRATORS
 from mlx_loop.presets import default_window, resolve
-from mlx_loop.settings import INTEGRATOR_FIELDS, INTEGRATORS
+from mlx_loop.settings import INTEGRATOR_FIELDS
 
 
 def resolved(num_layers=36, model_type="qwen3", mixes_experts=False, **settings):

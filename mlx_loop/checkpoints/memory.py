@@ -23,6 +23,7 @@ from ..generation.prefill import QUANTISED_PREFILL_STEP, prefill_step
 from ..method.anatomy import find, with_layers
 from ..method.cache import leaves
 from ..method.loop import layer_passes
+from ..method.policies import POLICIES
 from ..method.routing import watched
 from ..models.looped import Looped
 from ..upstream import EXPERTS
@@ -207,7 +208,7 @@ class Footprint:
             return 0
         s = self._shape
         together = len(loop.layers) if loop.scope == "block" else 1
-        kept = together * s.values * s.itemsize if loop.cache == "first" else 0
+        kept = together * s.values * s.itemsize if POLICIES[loop.cache].restores else 0
         return step * (2 * s.hidden * 4 + kept)
 
     def peak(self, context: int, step: int | None = None, kv_bits: int | None = None) -> int:

@@ -71,7 +71,7 @@ class Conversation:
         if (
             before is None
             or after is None
-            or replace(before, decode=None) != replace(after, decode=None)
+            or replace(before, decode="full") != replace(after, decode="full")
         ):
             self._forget()
 

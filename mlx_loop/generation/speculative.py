@@ -25,9 +25,10 @@ from mlx_lm.utils import common_prefix_len
 from ..errors import UserError
 from ..method.cache import leaves, rewind, tokens_seen
 from ..method.loop import Natural, layer_passes
+from ..method.policies import POLICIES
 from ..models import halves
 from ..models.looped import Looped
-from ..settings import LoopConfig
+from ..settings import ResolvedLoop
 from ..upstream import NOT_CAUSAL
 from .prefill import PREFILL_STEP, prefill
 from .sampling import Sampler
@@ -213,10 +214,10 @@ def check(model: Looped, cache: Sequence[Any]) -> None:
     """
     loop = model.loop
     if not model.is_unlooped and loop is not None:
-        if loop.cache == "last":
+        if reason := POLICIES[loop.cache].no_drafts:
             raise UserError(
-                "drafting does not work with cache='last': what a token sees of an earlier one "
-                "is known only after that one has looped; use cache='first' or 'own', or no draft"
+                f"drafting does not work with cache={loop.cache!r}: {reason}; use cache='first' or "
+                "'own', or no draft"
             )
         if loop.decode != "full":
             raise UserError(
@@ -227,10 +228,11 @@ def check(model: Looped, cache: Sequence[Any]) -> None:
     _check_cache(cache)
 
 
-def _check_layers(model: Looped, loop: LoopConfig) -> None:
+def _check_layers(model: Looped, loop: ResolvedLoop) -> None:
     layers, nested = model.anatomy.layers, model.anatomy.nested
-    # What several caches of a layer mean together, `cache.FirstSideBySide` does not know.
-    lists = loop.cache == "first" and any(nested[e] for i in loop.layers for e in layers[i].entries)
+    # What several caches of a layer mean together, `policies.FirstSideBySide` does not know.
+    together = POLICIES[loop.cache].side_by_side
+    lists = together and any(nested[e] for i in loop.layers for e in layers[i].entries)
     several = lists or any(layer.results > 1 for layer in layers[: loop.layers.stop])
     unmasked = any(layers[i].entries and layers[i].mask is None for i in loop.layers)
     kinds = {layer.path[:-1] for layer in layers}

@@ -17,8 +17,9 @@ import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from ..errors import UserError
-from ..settings import LoopConfig
+from ..settings import ResolvedLoop
 from ..upstream import EXPERTS, BaseCache, position
+from .policies import POLICIES
 
 Path = tuple[str | int, ...]
 """The names that lead from a model to one of its modules, and numbers of places in lists."""
@@ -77,7 +78,7 @@ class Anatomy:
         """Whether any layer chooses among experts."""
         return any(layer.routers for layer in self.layers)
 
-    def check(self, loop: LoopConfig) -> None:
+    def check(self, loop: ResolvedLoop) -> None:
         """Refuse complete settings that cannot be honoured.
 
         Raises:
@@ -91,13 +92,14 @@ class Anatomy:
                 f"{next(i for i in window if layers[i].path[:-1] != layers[window[0]].path[:-1])}"
             )
         # In layer scope a layer hands on what its last pass made, else a natural pass has.
-        inside = window[:-1] if loop.scope == "block" and loop.cache == "last" else range(0)
+        extra = POLICIES[loop.cache].extra_pass
+        inside = window[:-1] if loop.scope == "block" and extra else range(0)
         for layer in layers[window.stop :]:
             source = next((m for m, _ in layer.feeds.values() if m in inside), None)
             if source is not None:
                 raise UserError(
-                    f"cache='last' does not work with window={loop.window}: a later layer uses the "
-                    f"keys of layer {source}, which are those of its natural pass; use "
+                    f"cache={loop.cache!r} does not work with window={loop.window}: a later layer "
+                    f"uses the keys of layer {source}, which are those of its natural pass; use "
                     "cache='first' or 'own', or another window"
                 )
         if loop.decode != "full" and not self.counts_tokens:

@@ -11,12 +11,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..settings import Guard, LoopConfig
-from .integrators import Between, Window, integrate
+from ..settings import Guard, ResolvedLoop
+from .integrate import Between, Window, integrate
 
 
 def integrate_guarded(
-    g: Window, x0: mx.array, config: LoopConfig, guard: Guard
+    g: Window, x0: mx.array, loop: ResolvedLoop, guard: Guard
 ) -> tuple[mx.array, mx.array]:
     """`integrate`, with the natural pass g(x0) for every token whose loop left the limits.
 
@@ -29,7 +29,7 @@ def integrate_guarded(
         (batch, length, 1), bool.
     """
     ends = _Ends(g)
-    out = integrate(ends, x0, config)
+    out = integrate(ends, x0, loop)
     x, gx = ends.last
     return _guarded(_squares(guard), out, ends.first, x, gx, x0)
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..settings import LoopConfig
+from ..settings import ResolvedLoop
 from ..upstream import BaseCache
 from .anatomy import Arguments, apply, bind, stream, with_stream
-from .cache import side_by_side
 from .guard import Count, integrate_guarded
-from .integrators import Between, integrate, is_natural, passes
+from .integrate import Between, integrate
+from .plan import is_natural, passes
+from .policies import POLICIES, Policy, side_by_side
 from .routing import Frozen
 from .walk import Walk
 
@@ -29,13 +30,13 @@ Observer = Callable[[Sequence[int], Sequence[tuple[mx.array, mx.array]], mx.arra
 """Told of each loop: its layers, every evaluation (x, g(x)), and the state that leaves it."""
 
 
-def parts(loop: LoopConfig) -> list[range]:
+def parts(loop: ResolvedLoop) -> list[range]:
     """The layers that are iterated as one: the whole window, or in layer scope one at a time."""
     size = len(loop.layers) if loop.scope == "block" else 1
     return [loop.layers[i : i + size] for i in range(0, len(loop.layers), size)]
 
 
-def layer_passes(loop: LoopConfig | None, num_layers: int) -> int:
+def layer_passes(loop: ResolvedLoop | None, num_layers: int) -> int:
     """Layer evaluations for one looped token; a pass for keys and values alone counts as none.
 
     The cost of a loop on a device where reading weights is what takes time:
@@ -44,7 +45,7 @@ def layer_passes(loop: LoopConfig | None, num_layers: int) -> int:
     if loop is None or is_natural(loop):
         return num_layers
     extra = len(loop.layers) * (passes(loop) - 1)
-    if loop.cache == "last" and loop.scope == "block":
+    if POLICIES[loop.cache].extra_pass and loop.scope == "block":
         extra += len(loop.layers) - 1
     return num_layers + extra
 
@@ -87,8 +88,8 @@ class Run:
     """
 
     model: Any
-    loop: LoopConfig
-    policy: Callable[[Any, int], Any]
+    loop: ResolvedLoop
+    policy: Callable[[Any, int], Policy]
     natural: Natural | None = None
     past: int | None = None
     firings: Count | None = None
@@ -125,7 +126,7 @@ class _Window:
             }
         self._calls: list[Arguments] = []
         self._results: list[Any] = []
-        self._policies: dict[int, Any] = {}
+        self._policies: dict[int, Policy] = {}
         self._evaluation = 0
 
     def stand_in(self, i: int, loops: bool, *args: Any, **kwargs: Any) -> Any:
@@ -165,7 +166,7 @@ class _Window:
                 out = run.firings.add(fired, out)
         if run.observer is not None and watched is not None:
             run.observer(list(self._part), watched.evaluations, out)
-        if run.loop.cache == "last" and self._policies:
+        if POLICIES[run.loop.cache].extra_pass and self._policies:
             # MLX is lazy: of this pass only keys and values are read, so of the last layer
             # nothing else is computed.
             kept = self._evaluate(out)[-1]

@@ -12,10 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..method.cache import FirstSideBySide, before, rewind, tokens_seen
+from ..method.cache import before, rewind, tokens_seen
 from ..method.loop import Natural, parts
+from ..method.policies import POLICIES
 from ..method.routing import Frozen
 from ..method.walk import Walk
+from . import histories
 from .looped import Looped
 
 
@@ -25,14 +27,14 @@ def plain(model: Looped, tokens: mx.array, cache: list[Any]) -> tuple[mx.array, 
     It writes their entries everywhere; those that are not the loop's are replaced by `looped`.
     """
     walk, natural = _remembering(model)
-    return walk.run(tokens, model.faces(cache)), natural
+    return walk.run(tokens, histories.faces(model, cache)), natural
 
 
 def enter(model: Looped, tokens: mx.array, cache: list[Any]) -> Natural:
     """As far as the end of the first natural pass; writes the entries up to there."""
     walk, natural = _remembering(model)
     walk.end_after(_first(model)[-1])
-    walk.run(tokens, model.faces(cache))
+    walk.run(tokens, histories.faces(model, cache))
     return natural
 
 
@@ -49,18 +51,18 @@ def looped(model: Looped, tokens: mx.array, cache: list[Any], natural: Natural) 
     done = model.anatomy.entries(range(first.stop))
     rewind([cache[i] for i in range(len(cache)) if i not in done], past)
     # mlx-lm makes the masks and positions of tokens that come after `past` others.
-    faces = list(model.faces(cache) or [])
+    faces = list(histories.faces(model, cache) or [])
     real = {}
     for i in done:
         face = before(faces[i], past)
         real[id(face)], faces[i] = faces[i], face
-    by_itself = loop.cache == "first"
-    kind = FirstSideBySide if by_itself else model.policy(cache)
+    side_by_side = POLICIES[loop.cache].side_by_side
+    kind = side_by_side or histories.policy(model, cache)
     run = model.run(
         cache,
         policy=lambda face, length: kind(real.get(id(face), face), length),
         natural=natural,
-        past=past if by_itself else None,
+        past=past if side_by_side else None,
     )
     walk = model.walk()
     for i in range(first.start):

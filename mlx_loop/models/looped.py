@@ -14,19 +14,20 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import CacheList, KVCache
+from mlx_lm.models.cache import KVCache
 
 from .. import upstream
 from ..errors import UserError
 from ..method.anatomy import Anatomy, at, survey
-from ..method.cache import First, Last, Own, limited, repeated, tokens_seen
+from ..method.cache import limited, repeated, tokens_seen
 from ..method.guard import Count
-from ..method.integrators import is_natural, passes
 from ..method.loop import Observer, Run
 from ..method.phase import announce, prompt_end
+from ..method.plan import is_natural
 from ..method.walk import Walk
 from ..presets import resolve
-from ..settings import LoopConfig
+from ..settings import LoopConfig, ResolvedLoop
+from . import histories
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Looped(nn.Module):
     model_type: str
     layers: Sequence[nn.Module]
 
-    _loop: LoopConfig | None = None
+    _loop: ResolvedLoop | None = None
     _prompt_end: int | None = None
     _firings: Count | None = None
     _make_cache: Callable[[], list[Any]] | None = None
@@ -89,19 +90,20 @@ class Looped(nn.Module):
         return known
 
     @property
-    def loop(self) -> LoopConfig | None:
+    def loop(self) -> ResolvedLoop | None:
         """The loop settings, complete; None: looping is off. Partial ones may be assigned."""
         return self._loop
 
     @loop.setter
     def loop(self, loop: LoopConfig | None) -> None:
+        resolved = None
         if loop is not None:
             anatomy = self.anatomy
-            loop = resolve(loop, self.model_type, len(anatomy.layers), anatomy.mixes_experts)
-            if not is_natural(loop):
-                anatomy.check(loop)
-        self._loop = loop
-        self._firings = None if loop is None or loop.guard is None else Count()
+            resolved = resolve(loop, self.model_type, len(anatomy.layers), anatomy.mixes_experts)
+            if not is_natural(resolved):
+                anatomy.check(resolved)
+        self._loop = resolved
+        self._firings = None if resolved is None or resolved.guard is None else Count()
 
     def with_loop(self, loop: LoopConfig | None) -> Looped:
         """Another view on the same weights, with loop settings of its own. Copies no array."""
@@ -140,14 +142,14 @@ class Looped(nn.Module):
         view._prompt_end = (tokens_seen(cache) or 0) + length
         return view
 
-    def _count_looped(self, loop: LoopConfig, cache: list[Any] | None, length: int) -> int:
+    def _count_looped(self, loop: ResolvedLoop, cache: list[Any] | None, length: int) -> int:
         """How many of the next `length` tokens loop; they are the first ones."""
         if loop.decode == "full" or cache is None:
             return length
         end = prompt_end(cache, length) if self._prompt_end is None else self._prompt_end
         if end is None:
             return length
-        generated = 0 if loop.decode == "bypass" else int(loop.decode or 0)
+        generated = 0 if loop.decode == "bypass" else int(loop.decode)
         return min(max(end + generated - (tokens_seen(cache) or 0), 0), length)
 
     # --- The forward pass ---
@@ -167,7 +169,7 @@ class Looped(nn.Module):
                 pipeline.
         """
         if cache is not None:
-            self._check(cache)
+            histories.check(self, cache)
         loop = None if self.is_unlooped else self._loop
         if loop is None:
             return _forward(self, inputs, cache, **kwargs)
@@ -188,9 +190,9 @@ class Looped(nn.Module):
         self, tokens: mx.array | None, cache: list[Any] | None, loops: bool, kwargs: dict[str, Any]
     ) -> mx.array:
         walk = self.walk()
-        if loops or self._histories() > 1:
+        if loops or histories.per_layer(self) > 1:
             self.run(cache).put_into(walk, loops)
-        return walk.run(tokens, self.faces(cache), **kwargs)
+        return walk.run(tokens, histories.faces(self, cache), **kwargs)
 
     def walk(self) -> Walk:
         """A forward pass of mlx-lm's own model, to put stand-ins into."""
@@ -199,7 +201,7 @@ class Looped(nn.Module):
     def run(self, cache: list[Any] | None, **settings: Any) -> Run:
         """The loop, for one forward pass with `cache`; settings are those of `loop.Run`."""
         assert self._loop is not None
-        settings.setdefault("policy", self.policy(cache))
+        settings.setdefault("policy", histories.policy(self, cache))
         return Run(self, self._loop, firings=self._firings, observer=self.observer, **settings)
 
     # --- Caches ---
@@ -220,7 +222,7 @@ class Looped(nn.Module):
                 "cache yourself and call model.begin_decode(cache) after the prompt, or set "
                 "decode='full'"
             )
-        if self._histories() > 1:
+        if histories.per_layer(self) > 1:
             return lambda: self.new_cache(upstream.request().max_kv_size)
         return self._make_cache or super().make_cache  # type: ignore[misc]
 
@@ -242,69 +244,10 @@ class Looped(nn.Module):
         native = self._make_cache or getattr(super(), "make_cache", None)
         entries = native() if native else [KVCache() for _ in self.layers]
         entries = limited(entries, max_kv_size)
-        for i in self._looped_entries():
-            if len(self.histories(entries, i)) == 1:
-                entries[i] = repeated(entries[i], self._histories())
+        for i in histories.looped_entries(self):
+            if len(histories.of_entry(self, entries, i)) == 1:
+                entries[i] = repeated(entries[i], histories.per_layer(self))
         return entries
-
-    def histories(self, cache: Sequence[Any], i: int) -> Sequence[Any]:
-        """The histories in a cache entry: one, or under `own` one per evaluation."""
-        entry = cache[i]
-        if isinstance(entry, CacheList) and (
-            not self.anatomy.nested[i] or isinstance(entry.caches[0], CacheList)
-        ):
-            return entry.caches
-        return (entry,)
-
-    def faces(self, cache: Sequence[Any] | None) -> list[Any] | None:
-        """What mlx-lm's forward pass gets for a cache: of several histories the first."""
-        if cache is None or self._histories() == 1:
-            return cache  # type: ignore[return-value]
-        return [self.histories(cache, i)[0] for i in range(len(cache))]
-
-    def _histories(self) -> int:
-        """Histories that each layer of the window keeps."""
-        if self._loop is None or self._loop.cache != "own" or self.is_unlooped:
-            return 1
-        return passes(self._loop)
-
-    def _looped_entries(self) -> list[int]:
-        """The cache entries with a history per evaluation."""
-        if self._loop is None or self._histories() == 1:
-            return []
-        return self.anatomy.entries(self._loop.layers)
-
-    def policy(self, cache: Sequence[Any] | None) -> Callable[[Any, int], Any]:
-        """(what a layer gets as its cache, number of tokens) -> its key/value policy."""
-        loop, count = self._loop, self._histories()
-        assert loop is not None
-        if loop.cache != "own":
-            return First if loop.cache == "first" else Last
-        faces, looped = self.faces(cache) or [], self._looped_entries()
-        known: dict[int, Sequence[Any]] = {id(face): (face,) * count for face in faces}
-        known |= {id(faces[i]): self.histories(cache, i) for i in looped if cache is not None}
-
-        def policy(face: Any, length: int) -> Own:
-            # A cache that is not the model's is mlx-lm's own for one pass, and empty.
-            fresh = [face, *(copy.deepcopy(face) for _ in range(count - 1))]
-            return Own(known.get(id(face)) or fresh)
-
-        return policy
-
-    def _check(self, cache: Sequence[Any]) -> None:
-        """Refuse a cache that does not hold the histories that the settings need."""
-        looped = self._looped_entries()
-        if not looped and not any(isinstance(entry, CacheList) for entry in cache):
-            return
-        for i in range(len(cache)):
-            needed = self._histories() if i in looped else 1
-            found = len(self.histories(cache, i))
-            if found != needed:
-                raise UserError(
-                    f"this cache was made for other loop settings: entry {i} has {found} "
-                    f"{'history' if found == 1 else 'histories'} in it and needs {needed}; make a "
-                    "new one with mlx_lm's make_prompt_cache(model)"
-                )
 
 
 def _forward(

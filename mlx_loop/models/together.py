@@ -14,6 +14,7 @@ import mlx.core as mx
 from ..method.anatomy import stream
 from ..method.cache import leaves
 from ..upstream import restore, snapshot
+from . import histories
 from .looped import Looped
 
 
@@ -53,7 +54,7 @@ def states(
                 walk.put(i, _from_memory(known[i], pairs))
         last = len(view.layers) - 1
         walk.keep([last], results)
-        walk.run(tokens, view.faces(cache))
+        walk.run(tokens, histories.faces(view, cache))
         found[number] = stream(results[last])
     return [found[i] for i in range(len(views))]
 
