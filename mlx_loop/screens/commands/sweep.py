@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
     if is_task:
         if not tokenizer.has_chat_template:
             raise UserError("--task needs a model with a chat template; --text works with any")
-        work = Task(items, args.max_tokens, args.chat_template_config, args.batch_size)
+        work = Task(
+            items, args.max_tokens, args.chat_template_config, args.system_prompt, args.batch_size
+        )
     else:
         work = Text(read_text(path, tokenizer, args.limit))
     total = len(views) * len(work.items)
