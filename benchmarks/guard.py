@@ -25,7 +25,7 @@ import mlx_loop
 from mlx_loop import Guard, LoopConfig
 from mlx_loop.checkpoints.loading import DEMOS
 from mlx_loop.measure.significance import wilson
-from mlx_loop.measure.sweep import QUESTIONS, is_right, read_task
+from mlx_loop.measure.tasks.questions import QUESTIONS, is_right, read_questions
 from mlx_loop.models.looped import Looped
 
 SETTINGS = {
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=60, help="tokens timed with and without")
     args = parser.parse_args()
     model, tokenizer = mlx_loop.load(args.model, dtype="float32")
-    questions = [q for q in read_task(QUESTIONS, args.limit) if q["skill"] != "fallback"]
+    questions = [q for q in read_questions(QUESTIONS, args.limit) if q["skill"] != "fallback"]
     machine = f"{os.cpu_count()}-core {platform.machine()}, {platform.system()}, float32"
     table = Table(
         "settings",

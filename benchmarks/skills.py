@@ -27,7 +27,7 @@ from scipy.stats import binomtest, bootstrap
 import mlx_loop
 from mlx_loop import LoopConfig
 from mlx_loop.checkpoints.loading import DEMOS
-from mlx_loop.measure.sweep import QUESTIONS, is_right
+from mlx_loop.measure.tasks.questions import QUESTIONS, is_right
 from mlx_loop.method.loop import layer_passes
 from mlx_loop.models.looped import Looped
 

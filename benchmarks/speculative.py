@@ -44,7 +44,7 @@ from mlx_loop.generation.speculative import (
     round_passes,
     speculative_generate_step,
 )
-from mlx_loop.measure.sweep import QUESTIONS
+from mlx_loop.measure.tasks.questions import QUESTIONS
 from mlx_loop.method.loop import layer_passes
 from mlx_loop.models import halves
 from mlx_loop.models.looped import Looped

@@ -26,7 +26,7 @@ from rich.table import Table
 import mlx_loop
 from mlx_loop import LoopConfig
 from mlx_loop.generation.conversation import Conversation
-from mlx_loop.measure.sweep import QUESTIONS, read_task
+from mlx_loop.measure.tasks.questions import QUESTIONS, read_questions
 
 TURNS = 4
 SETTINGS = {
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--talks", type=int, default=60, help="conversations")
     args = parser.parse_args()
     model, tokenizer = mlx_loop.load(args.model, dtype="float32")
-    questions = [q["messages"][-1]["content"] for q in read_task(Path(QUESTIONS), None)]
+    questions = [q["messages"][-1]["content"] for q in read_questions(Path(QUESTIONS), None)]
     rng = random.Random(0)
     talks = [rng.sample(questions, TURNS) for _ in range(args.talks)]
     machine = f"{os.cpu_count()}-core {platform.machine()}, {platform.system()}, float32"

@@ -11,10 +11,10 @@ import pexpect
 import pytest
 from rich.console import Console
 
-from mlx_loop import Guard, LoopConfig
+from mlx_loop import Guard
 from mlx_loop.checkpoints.loading import load
 from mlx_loop.measure.comparison import Answer, Measures
-from mlx_loop.screens.board import MARK, Board, marked, titles
+from mlx_loop.screens.board import MARK, Board, marked
 from mlx_loop.screens.cli import main
 from mlx_loop.screens.commands.compare import read_prompts
 
@@ -120,17 +120,6 @@ def test_prompts_come_from_lines_or_questions(tmp_path):
     questions.write_text(json.dumps({"messages": [{"role": "user", "content": "three"}]}) + "\n")
     assert read_prompts(text) == ["one", "two"]
     assert read_prompts(questions) == ["three"]
-
-
-def test_titles_name_what_differs():
-    base = LoopConfig(loops=3, integrator="euler", window=(2, 4))
-    assert titles([None, base, LoopConfig(loops=6, integrator="euler", window=(2, 4))]) == [
-        "no loop",
-        "3 loops",
-        "6 loops",
-    ]
-    other = LoopConfig(loops=3, integrator="anchored", beta=0.5, window=(2, 5))
-    assert titles([None, base, other])[1:] == ["[2,4), euler", "[2,5), anchored, beta 0.5"]
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from conftest import make
 
 from mlx_loop import LoopConfig, UserError
 from mlx_loop.measure.comparison import distinct
-from mlx_loop.measure.study import EXAMPLES, RESULTS, Study, answer_all, examples
-from mlx_loop.measure.sweep import Results
+from mlx_loop.measure.results import Results
+from mlx_loop.measure.study import EXAMPLES, RESULTS, Study, examples, run
 from mlx_loop.measure.tasks import ruler
 from mlx_loop.screens.cli import main
 
@@ -69,7 +69,7 @@ def ran(folder, views, stops=(), study=STUDY):
 
         problems = examples(study, Bytes(), folder)
         results = Results.open(folder / RESULTS, study.header())
-        finished = answer_all(views, Bytes(), study, problems, results, advance)
+        finished = run(views, Bytes(), problems, results, advance)
     assert finished
     return {name: (folder / name).read_text() for name in (EXAMPLES, RESULTS)}
 
@@ -132,6 +132,18 @@ def test_the_command_answers_resumes_and_reports(tmp_path, capsys):
     assert main(command) == 0
     assert capsys.readouterr().out == first
     assert {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == files
+
+
+def test_questions_of_a_file_stand_beside_other_tasks(tmp_path, capsys):
+    file = tmp_path / "mine.jsonl"
+    question = {"messages": [{"role": "user", "content": "what is 12 + 30?"}], "answer": "42"}
+    file.write_text(json.dumps(question) + "\n")
+    command = f"evaluate --tasks questions:{file} --loops 2 --out {tmp_path / 'out'}"
+    assert main(command.split()) == 0
+    assert "100.0 [" in capsys.readouterr().out
+    header, *rows = map(json.loads, (tmp_path / "out" / RESULTS).read_text().splitlines())
+    assert list(header["files"]) == [f"questions:{file}"]
+    assert [row["right"] for row in rows] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from conftest import make, tokens
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
 from mlx_loop.measure.comparison import distinct, kl
-from mlx_loop.measure.sweep import (
-    QUESTIONS,
-    Results,
-    Summary,
-    Task,
-    Text,
-    best,
-    complete,
-    conclusion,
-    is_right,
-    read_task,
-    read_text,
-    summarise,
-    sweep,
-)
+from mlx_loop.measure.outcome import Outcome, Scores, best, conclusion, outcomes
+from mlx_loop.measure.results import Results
+from mlx_loop.measure.study import complete, gather, run
+from mlx_loop.measure.tasks.questions import QUESTIONS, Questions, is_right, read_questions
+from mlx_loop.measure.tasks.text import Text, read_pieces
 from mlx_loop.screens.cli import main
 
 HEADER = {"model": "m"}
@@ -62,7 +52,7 @@ def lines(path):
 def test_loss_and_kl_of_a_text_are_those_of_the_logits(text_work, tmp_path):
     views, work = text_work
     results = Results.open(tmp_path / "r.jsonl", HEADER)
-    assert sweep(views, None, work, results, Only(99))
+    assert run(views, None, work, results, Only(99))
     for item in work.items:
         text = mx.array([item["tokens"]])
         logits = [view(text)[0, :-1] for view in views]
@@ -84,7 +74,7 @@ def test_answers_of_a_task_are_scored(tmp_path, decode):
     ]
     views = distinct(model, [LoopConfig(loops=2, decode=decode)])
     results = Results.open(tmp_path / "r.jsonl", HEADER)
-    sweep(views, tokenizer, Task(questions, 8, {}), results, Only(99))
+    run(views, tokenizer, Questions(questions, 8, {}), results, Only(99))
     for view in views:
         assert [results.of(view.loop, q)["right"] for q in questions] == [1, 0]
 
@@ -96,13 +86,13 @@ def test_an_answer_is_right_if_it_is_the_expected_one():
 
 
 def test_a_limit_spreads_over_the_file(tmp_path):
-    items = read_task(QUESTIONS, 12)
+    items = read_questions(QUESTIONS, 12)
     assert len({item["skill"] for item in items}) == 12
-    assert items == read_task(QUESTIONS, 12)
+    assert items == read_questions(QUESTIONS, 12)
     tokenizer = mlx_loop.load("demo")[1]
     file = tmp_path / "text.txt"
     file.write_text("once upon a time " * 500)
-    pieces = read_text(file, tokenizer, None)
+    pieces = read_pieces(file, tokenizer, None)
     assert all(1 < len(piece["tokens"]) <= 512 for piece in pieces)
     assert sum(len(p["tokens"]) for p in pieces) == len(tokenizer.encode(file.read_text()))
 
@@ -113,29 +103,29 @@ def test_a_limit_spreads_over_the_file(tmp_path):
 def test_a_second_run_does_only_what_is_missing(text_work, tmp_path):
     views, work = text_work
     path = tmp_path / "r.jsonl"
-    assert not sweep(views, None, work, Results.open(path, HEADER), Only(4))
+    assert not run(views, None, work, Results.open(path, HEADER), Only(4))
     # What came together with the fourth result is kept too.
     assert len(lines(path)) == 1 + 6
     rest = Only(99)
-    assert sweep(views, None, work, Results.open(path, HEADER), rest)
+    assert run(views, None, work, Results.open(path, HEADER), rest)
     assert rest.seen == 9 - 6
     whole = tmp_path / "whole.jsonl"
-    sweep(views, None, work, Results.open(whole, HEADER), Only(99))
+    run(views, None, work, Results.open(whole, HEADER), Only(99))
     assert Results.open(path, HEADER).rows == Results.open(whole, HEADER).rows
     nothing = Only(99)
-    assert sweep(views, None, work, Results.open(path, HEADER), nothing)
+    assert run(views, None, work, Results.open(path, HEADER), nothing)
     assert nothing.seen == 0
 
 
 def test_a_line_that_was_cut_off_is_done_again(text_work, tmp_path):
     views, work = text_work
     path = tmp_path / "r.jsonl"
-    sweep(views, None, work, Results.open(path, HEADER), Only(99))
+    run(views, None, work, Results.open(path, HEADER), Only(99))
     before = Results.open(path, HEADER).rows
     path.write_text(path.read_text()[:-10])
     results = Results.open(path, HEADER)
     assert len(results.rows) == 8
-    sweep(views, None, work, results, Only(99))
+    run(views, None, work, results, Only(99))
     assert Results.open(path, HEADER).rows == before
 
 
@@ -157,51 +147,63 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path):
 
 def results_of(views, scores, tmp_path):
     """Made-up results: for each view its scores by item."""
-    work = Task([{"item": i} for i in range(len(scores[0]))], 1, {})
+    work = Questions([{"item": i} for i in range(len(scores[0]))], 1, {})
     results = Results.open(tmp_path / "r.jsonl", HEADER)
     for view, row in zip(views, scores, strict=True):
         for i, score in enumerate(row):
             results.add(view.loop, {"item": i, "right": score})
-    return summarise(views, work, results), work
+    return outcomes(gather(views, work, results))
 
 
 def test_a_clear_gain_is_told_from_chance(model, tmp_path):
     views = distinct(model, LOOPS)
     scores = [[0] * 20 + [1] * 20, [1] * 40, [1] + [0] * 19 + [1] * 20]
-    summaries, work = results_of(views, scores, tmp_path)
+    summaries = results_of(views, scores, tmp_path)
     base, gain, chance = summaries
     assert (base.mean, gain.change, chance.change) == (0.5, 0.5, 1 / 40)
     # McNemar: 20 gained of 20, times two settings.
     assert gain.p == pytest.approx(2 * 2 / 2**20)
     assert gain.is_distinguishable
     assert not chance.is_distinguishable
-    assert best(summaries, work.better) is gain
-    assert "1 of 2 settings is better" in conclusion(summaries, work.better, 40)
+    assert best(summaries) is gain
+    said = conclusion(summaries, 40)
+    assert f"Better than no looping: {gain.name}." in said
+    assert "No detectable difference: the other 1." in said
 
 
 def test_it_says_so_when_nothing_is_distinguishable(model, tmp_path):
     views = distinct(model, LOOPS)
-    summaries, work = results_of(views, [[0, 1, 1, 0], [1, 1, 1, 0], [0, 1, 0, 0]], tmp_path)
-    assert best(summaries, work.better) is None
-    assert conclusion(summaries, work.better, 4).startswith("No setting is distinguishable")
+    summaries = results_of(views, [[0, 1, 1, 0], [1, 1, 1, 0], [0, 1, 0, 0]], tmp_path)
+    assert best(summaries) is None
+    assert conclusion(summaries, 4).startswith("No detectable difference between any setting")
 
 
 def test_only_items_that_all_settings_have_are_compared(text_work, tmp_path):
     views, work = text_work
     results = Results.open(tmp_path / "r.jsonl", HEADER)
     assert complete(views, work, results) == []
-    sweep(views, None, work, results, Only(1))
+    run(views, None, work, results, Only(1))
     assert complete(views, work, results) == work.items[:1]
     loss = results.of(None, work.items[0])["loss"]
     results.add(None, {"item": 1, "loss": 99.0, "kl": 0.0})
-    assert summarise(views, work, results)[0].mean == pytest.approx(loss)
+    assert outcomes(gather(views, work, results))[0].mean == pytest.approx(loss)
 
 
 def test_the_best_loss_is_the_lowest():
-    lower = Summary(LOOPS[0], 0.1, 1.0, (1, 1), -0.5, p=0.01)
-    higher = Summary(LOOPS[1], 0.1, 2.0, (2, 2), 0.5, p=0.01)
-    assert best([lower, higher], Text.better) is lower
-    assert best([higher], Text.better) is None
+    lower = Outcome(LOOPS[0], "a", 1.0, (1, 1), -0.5, p=0.01, better=Text.better)
+    higher = Outcome(LOOPS[1], "b", 2.0, (2, 2), 0.5, p=0.01, better=Text.better)
+    assert best([lower, higher]) is lower
+    assert best([higher]) is None
+
+
+@pytest.mark.parametrize("unit", ["%", "nats"])
+def test_a_single_item_has_a_wide_interval(unit):
+    scores = Scores([None, LOOPS[0]], [("", None, 0)], np.array([[1.0], [1.0]]), 1, unit=unit)
+    base, looped = outcomes(scores)
+    low, high = looped.change_interval
+    assert low <= -0.95
+    assert high >= 0.95
+    assert base.interval[1] - base.interval[0] > 0.5
 
 
 # --- The command ---
@@ -212,7 +214,7 @@ def test_the_command_resumes_draws_and_prints_the_best(tmp_path, capsys, monkeyp
     command = ["sweep", "--task", "demo", "--limit", "4", "--loops", "2", "--max-tokens", "6"]
     assert main([*command, "--plot", "sweep.png"]) == 0
     out = capsys.readouterr().out
-    assert "No setting is distinguishable" in " ".join(out.split())
+    assert "No detectable difference between any setting" in " ".join(out.split())
     assert "+33%" in out
     assert len(lines(tmp_path / "sweep.jsonl")) == 1 + 2 * 4
     for name in ("sweep.png", "sweep-dark.png"):
@@ -250,14 +252,3 @@ def test_bad_input_is_one_line(options, words, tmp_path, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1
-
-
-def test_pictures_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
-    from mlx_loop.measure.plots import save
-
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match="eval"):
-        save(tmp_path / "a.png", lambda pyplot: None)
-    monkeypatch.undo()
-    with pytest.raises(UserError, match=r"\.png"):
-        save(tmp_path / "a.txt", lambda pyplot: None)

@@ -3,7 +3,9 @@
 What settings share of the prompt, the layers below their windows, is computed once
 (`together`). Prompt and answer are fed in the same pieces as by mlx-lm: chunks, the last
 prompt token alone, then one token at a time; rows that have ended leave the batch. All rows of a
-batch are in the same phase, so every `decode` setting works.
+batch are in the same phase, so every `decode` setting works. Where caches cannot be merged, as
+mlx-lm's chunked ones, or recurrent states would take padding in, as those of some model types do,
+prompts are answered one at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream, wired_limit
+from mlx_lm.models.cache import ArraysCache
 
+from ..method.cache import leaves
 from ..models.looped import Looped
 from ..models.together import states
 from .prefill import PREFILL_STEP, prefill
@@ -38,6 +42,13 @@ def answer_batch(
         ends: tokens that end an answer.
         step: prompt tokens processed at a time.
     """
+    uneven = len(set(map(len, prompts))) > 1
+    if len(prompts) > 1 and not all(_merges(view.new_cache(), uneven) for view in views):
+        alone = [list(answer_batch(views, [prompt], ends, max_tokens, step)) for prompt in prompts]
+        for parts in zip(*alone, strict=True):
+            seconds_of_view = sum(seconds for _, _, seconds in parts)
+            yield parts[0][0], [answers[0] for _, answers, _ in parts], seconds_of_view
+        return
     lengths = [len(prompt) - 1 for prompt in prompts]
     padding = [max(lengths) - length for length in lengths]
     rows = [[*prompt[:-1], *[0] * pad] for prompt, pad in zip(prompts, padding, strict=True)]
@@ -68,11 +79,20 @@ def answer_batch(
 def _batched(view: Looped, lengths: Sequence[int], padding: Sequence[int]) -> list[Any]:
     """An empty cache for rows of such lengths with so much padding on the right."""
     rows = [view.new_cache() for _ in padding]
+    if not _merges(rows[0]):
+        (cache,) = rows
+        return cache
     batch = [entries[0].merge(list(entries)) for entries in zip(*rows, strict=True)]
     if any(padding):
         for entry in batch:
             entry.prepare(lengths=list(lengths), right_padding=list(padding))
     return batch
+
+
+def _merges(cache: list[Any], uneven: bool = False) -> bool:
+    entries = [*cache, *leaves(cache)]
+    recurrent = any(isinstance(entry, ArraysCache) for entry in entries)
+    return all(hasattr(entry, "merge") for entry in entries) and not (uneven and recurrent)
 
 
 def _decode(

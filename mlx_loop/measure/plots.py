@@ -1,13 +1,17 @@
-"""Pictures: one file for light pages and one for dark ones. Needs the `eval` extra."""
+"""Pictures of scores, for light pages and for dark ones. Needs the `eval` extra."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..files import whole_file
+from .names import names
+from .outcome import Outcome, Scores, outcomes
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, less the pale and the black.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
@@ -68,3 +72,162 @@ def _cycle() -> Any:
     from cycler import cycler
 
     return cycler(color=COLOURS)
+
+
+# --- What is drawn ---
+
+
+def groups(found: Sequence[Outcome], *apart: str) -> dict[str, list[Outcome]]:
+    """Looped settings that differ in these fields alone, by name; K ascending."""
+    looped = sorted((outcome for outcome in found if outcome.loop), key=_loops)
+    kinds = [replace(o.loop, **dict.fromkeys(apart)) for o in looped if o.loop is not None]
+    unique = list(dict.fromkeys(kinds))
+    titles = dict(zip(unique, names(unique), strict=True))
+    members: dict[str, list[Outcome]] = {}
+    for kind, outcome in zip(kinds, looped, strict=True):
+        members.setdefault(titles[kind], []).append(outcome)
+    return members
+
+
+def draw_accuracy(scores: Scores, pyplot: Any) -> Any:
+    """Score over K with 95 % intervals, a line for each kind of setting."""
+    figure, axes = pyplot.subplots(figsize=(6.5, 3.8), layout="constrained")
+    found = outcomes(scores)
+    members = groups(found, "loops")
+    for offset, (name, line) in enumerate(members.items()):
+        # Side by side, so that intervals do not hide each other.
+        shift = 0.06 * (offset - (len(members) - 1) / 2)
+        _line(axes, line, [(o.mean, *o.interval) for o in line], name, 100, shift)
+    plain, (low, high) = 100 * found[0].mean, found[0].interval
+    colour = pyplot.rcParams["text.color"]
+    axes.axhline(plain, linestyle="--", linewidth=1, color=colour, label="no loop")
+    axes.axhspan(100 * low, 100 * high, color=colour, alpha=0.08, linewidth=0)
+    axes.set_xticks(sorted({_loops(outcome) for outcome in found[1:]}))
+    axes.set(xlabel="loops K", ylabel="score, %, 95 % interval", ylim=(-2, 102))
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title(f"{scores.header['model']}, {len(scores.problems)} problems")
+    return figure
+
+
+def draw_lengths(scores: Scores, pyplot: Any) -> Any:
+    """Change against no looping in points, a map of context length x K for each kind."""
+    members, lengths = groups(outcomes(scores), "loops"), scores.lengths()
+    widths = [max(len(line), 1.6) for line in members.values()]
+    figure, axes = pyplot.subplots(
+        1,
+        len(members),
+        figsize=(max(1.5 + 0.5 * sum(widths) + 0.3 * len(members), 5), 1.5 + 0.5 * len(lengths)),
+        width_ratios=widths,
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+    )
+    parts = [scores.of(lambda p, n=n: p[1] == n) for n in lengths]  # type: ignore[misc]
+    changes = [
+        dict(zip(part.settings, (part.values - part.values[0]).mean(axis=1), strict=True))
+        for part in parts
+    ]
+    for axis, (name, line) in zip(axes[0], members.items(), strict=True):
+        grid = [[100 * float(change[outcome.loop]) for outcome in line] for change in changes]
+        texts = [[f"{change:+.0f}" for change in row] for row in grid]
+        image = _heat(axis, grid, texts, 100, [_loops(o) for o in line], lengths)
+        axis.set_title(name.replace(", ", "\n"), fontsize=8)
+    axes[0][0].set_ylabel("context, tokens")
+    figure.colorbar(image, ax=axes[0].tolist(), label="change, points")
+    return figure
+
+
+def draw_windows(found: Sequence[Outcome], title: str, pyplot: Any) -> Any:
+    """Windows x loops as a heat map, and the change over loops with its interval as lines."""
+    in_points = found[0].unit == "%"
+    unit, scale = ("points", 100) if in_points else (f"{found[0].unit} per token", 1)
+    members = groups(found, "window", "loops")
+    figure, axes = pyplot.subplots(
+        2,
+        len(members),
+        figsize=(max(3.4 * len(members), 5), 6),
+        layout="constrained",
+        squeeze=False,
+        sharey="row",
+    )
+    most = max(abs(outcome.change) * scale for outcome in found) or 1
+    for column, (name, group) in enumerate(members.items()):
+        windows = sorted({outcome.loop.window for outcome in group if outcome.loop})
+        loops = sorted({_loops(outcome) for outcome in group})
+        grid = [[float("nan")] * len(loops) for _ in windows]
+        texts = [[""] * len(loops) for _ in windows]
+        for outcome in group:
+            assert outcome.loop is not None
+            y, x = windows.index(outcome.loop.window), loops.index(outcome.loop.loops)
+            grid[y][x] = outcome.change * scale
+            mark = "*" if outcome.is_distinguishable else ""
+            texts[y][x] = f"{grid[y][x]:+.{1 if in_points else 3}f}{mark}"
+        heat, lines = axes[0, column], axes[1, column]
+        shown = [f"[{start},{stop})" for start, stop in windows]
+        colours = "RdBu" if found[0].better > 0 else "RdBu_r"
+        image = _heat(heat, grid, texts, most, loops, shown, colours)
+        heat.set_title(name)
+        for window, label in zip(windows, shown, strict=True):
+            line = [o for o in group if o.loop and o.loop.window == window]
+            _line(lines, line, [(o.change, *o.change_interval) for o in line], label, scale)
+        lines.axhline(0, linewidth=0.8, linestyle="--", color=pyplot.rcParams["text.color"])
+        lines.set(xlabel="loops K")
+        lines.set_xticks(loops)
+        if len(windows) > 1:
+            lines.legend(title="window", frameon=False)
+    axes[0, 0].set_ylabel("window")
+    axes[1, 0].set_ylabel(f"change, {unit}, 95 % interval")
+    figure.colorbar(image, ax=axes[0, :].tolist(), label=f"change, {unit}")
+    figure.suptitle(f"{title} against no looping (* distinguishable)")
+    return figure
+
+
+def _loops(outcome: Outcome) -> int:
+    return outcome.loop.loops if outcome.loop else 1
+
+
+def _line(
+    axes: Any,
+    line: Sequence[Outcome],
+    values: Sequence[tuple[float, float, float]],
+    label: str,
+    scale: float,
+    shift: float = 0.0,
+) -> None:
+    """Values over K; each with its interval, which is left out where it has no bounds."""
+    scaled = [tuple(scale * x if math.isfinite(x) else math.nan for x in of) for of in values]
+    middles, lows, highs = zip(*scaled, strict=True)
+    axes.errorbar(
+        [_loops(outcome) + shift for outcome in line],
+        middles,
+        (
+            [m - low for m, low in zip(middles, lows, strict=True)],
+            [high - m for m, high in zip(middles, highs, strict=True)],
+        ),
+        marker="o",
+        markersize=4,
+        capsize=3,
+        label=label,
+    )
+
+
+def _heat(
+    axes: Any,
+    grid: Sequence[Sequence[float]],
+    texts: Sequence[Sequence[str]],
+    most: float,
+    columns: Sequence[Any],
+    rows: Sequence[Any],
+    colours: str = "RdBu",
+) -> Any:
+    """A map of numbers from -most to most over K, with texts on it."""
+    image = axes.imshow(grid, cmap=colours, vmin=-most, vmax=most, aspect="auto")
+    for y, row in enumerate(texts):
+        for x, text in enumerate(row):
+            colour = "white" if abs(grid[y][x]) > 0.6 * most else "black"
+            axes.text(x, y, text, ha="center", va="center", color=colour)
+    axes.grid(False)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel="loops K")
+    return image

@@ -29,7 +29,7 @@ class Paired:
 
     Attributes:
         problems: how many there are.
-        difference: mean score of the setting less that of the baseline, -1 to 1.
+        difference: mean score of the setting less that of the baseline.
         low, high: 95 % interval of the difference (`score_interval`).
         p: of the hypothesis that the setting changes nothing (`signed_rank_p`).
         needed: problems that would show this difference (`problems_needed`); None: none is seen.
@@ -43,13 +43,14 @@ class Paired:
     needed: int | None
 
 
-def paired(scores: ArrayLike, baseline: ArrayLike, seed: int = 0) -> Paired:
+def paired(scores: ArrayLike, baseline: ArrayLike, seed: int = 0, bounded: bool = True) -> Paired:
     """Compares the scores of a setting with the baseline's on the same problems.
 
     Args:
-        scores, baseline: (problems,) or (problems, answers), each from 0 to 1. The two may have
-            different numbers of answers.
+        scores, baseline: (problems,) or (problems, answers). The two may have different numbers of
+            answers.
         seed: of the bootstrap.
+        bounded: whether scores are from 0 to 1; losses have no bounds.
 
     Raises:
         ValueError: different numbers of problems, or none.
@@ -58,7 +59,7 @@ def paired(scores: ArrayLike, baseline: ArrayLike, seed: int = 0) -> Paired:
     if len(a) != len(b) or not len(a):
         raise ValueError(f"{len(a)} and {len(b)} problems are not pairs")
     differences = a - b
-    low, high = score_interval(differences, seed)
+    low, high = score_interval(differences, seed, bounded)
     return Paired(
         problems=len(a),
         difference=float(differences.mean()),
@@ -104,13 +105,18 @@ def bootstrap_mean(values: ArrayLike, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def score_interval(differences: ArrayLike, seed: int = 0) -> tuple[float, float]:
-    """`bootstrap_mean` of differences of scores, each from -1 to 1.
+def score_interval(
+    differences: ArrayLike, seed: int = 0, bounded: bool = True
+) -> tuple[float, float]:
+    """`bootstrap_mean` of differences of scores, each from -1 to 1 where they are bounded.
 
     Where all n pairs agree there is nothing to resample. Then it is the largest share of problems
-    that may differ with none of n showing it: 1 - 0.05^(1/n) either way.
+    that may differ with none of n showing it: 1 - 0.05^(1/n) either way. A single difference
+    without bounds says nothing of the next one.
     """
     d = np.asarray(differences, np.float64)
+    if not bounded:
+        return bootstrap_mean(d, seed) if len(d) > 1 else (-math.inf, math.inf)
     low, high = bootstrap_mean(d, seed)
     slack = 1 - LEVEL ** (1 / len(d)) if low == high else 0.0
     return max(low - slack, -1.0), min(high + slack, 1.0)
@@ -180,16 +186,18 @@ def verdict(difference: float, adjusted_p: float) -> str:
     return "better" if difference > 0 else "worse"
 
 
-def mean_interval(scores: ArrayLike, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of a mean score: Wilson's for right or wrong answers, else the bootstrap's.
+def mean_interval(scores: ArrayLike, seed: int = 0, bounded: bool = True) -> tuple[float, float]:
+    """95 % interval of a mean score: Wilson's for right or wrong answers, else `score_interval`.
 
     Args:
-        scores: (problems,) or (problems, answers), each from 0 to 1.
+        scores: (problems,) or (problems, answers).
+        bounded: whether they are from 0 to 1.
     """
     means = per_problem(scores)
-    if np.isin(means, (0.0, 1.0)).all():
+    if bounded and np.isin(means, (0.0, 1.0)).all():
         return wilson(int(means.sum()), len(means))
-    return bootstrap_mean(means, seed)
+    low, high = score_interval(means, seed, bounded)
+    return max(low, 0.0) if bounded else low, high
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -86,7 +86,7 @@ class Loop:
         """`converging`, `drifting` or `diverging`, or `no verdict` from a single pass."""
         if len(self.passes) < 2:
             return "no verdict"
-        growth = _median(self.growth)
+        growth = median(self.growth)
         if not growth <= GROWN:
             return "diverging"
         steady = sum(g <= 1 for g in self.growth) / len(self.growth)
@@ -106,7 +106,7 @@ class Loop:
         grew = sum(not g <= 1 for g in self.growth) / len(self.growth)
         low, high = BAND
         return (
-            f"residual x{_median(self.growth):.2f} from first to last pass (median), grows for "
+            f"residual x{median(self.growth):.2f} from first to last pass (median), grows for "
             f"{grew:.0%} of tokens; norm outside {low}-{high} of the natural pass's for "
             f"{self.outside:.0%}"
         )
@@ -129,8 +129,12 @@ class Trace:
     @property
     def verdict(self) -> str:
         """The worst of its loops'."""
-        order = ("no verdict", "converging", "drifting", "diverging")
-        return max((loop.verdict for loop in self.loops), key=order.index)
+        return worst(loop.verdict for loop in self.loops)
+
+
+def worst(verdicts: Iterable[str]) -> str:
+    """The verdict on all of several."""
+    return max(verdicts, key=("no verdict", "converging", "drifting", "diverging").index)
 
 
 def trace(model: Looped, tokens: Sequence[int]) -> Trace:
@@ -222,6 +226,6 @@ def mean(values: Sequence[float]) -> float:
     return statistics.fmean(known) if known else math.nan
 
 
-def _median(values: Sequence[float]) -> float:
+def median(values: Sequence[float]) -> float:
     """NaN counts as beyond all numbers."""
     return statistics.median(math.inf if math.isnan(value) else value for value in values)

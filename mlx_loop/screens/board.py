@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -11,43 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ..measure.comparison import Answer
-from ..settings import LoopConfig
+from ..measure.names import names
 from .terminal import extra_cost
 
 # Stands before the first token that is not the un-looped answer's.
 MARK = "▶"
 NARROWEST_COLUMN = 24
-
-
-def titles(loops: Sequence[LoopConfig | None]) -> list[str]:
-    """A short name for each setting: the fields in which the settings differ."""
-    given = [loop for loop in loops if loop is not None]
-    differing = [
-        field.name
-        for field in fields(LoopConfig)
-        if len({getattr(loop, field.name) for loop in given}) > 1
-    ] or ["loops"]
-    return [
-        "no loop"
-        if loop is None
-        else ", ".join(
-            _name(field, getattr(loop, field))
-            for field in differing
-            if getattr(loop, field) is not None
-        )
-        for loop in loops
-    ]
-
-
-def _name(field: str, value: object) -> str:
-    if field == "loops":
-        return f"{value} loops"
-    if field == "integrator":
-        return str(value)
-    if isinstance(value, tuple):
-        shown = ",".join(map(str, value))
-        return f"[{shown})" if field == "window" else f"{field} {shown}"
-    return f"{field} {value}"
 
 
 def notes(answer: Answer, base: Answer) -> list[str]:
@@ -88,7 +56,7 @@ class Board:
 
     def __init__(self, answers: Sequence[Answer]):
         self._answers = answers
-        self._titles = titles([answer.loop for answer in answers])
+        self._titles = names([answer.loop for answer in answers], brief=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         count = len(self._answers)

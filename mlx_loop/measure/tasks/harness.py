@@ -6,8 +6,10 @@ problem by problem like RULER's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,17 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...errors import UserError
 from ...models.looped import Looped
-from ..sweep import Results
+from ..results import Row
+from .task import Found, Task
 
 
 @dataclass(frozen=True)
-class Harness:
-    """What is asked of lm-evaluation-harness.
+class Harness(Task):
+    """What is asked of lm-evaluation-harness; an item is a task of its own.
+
+    A row has a problem's prompt, the answer (or the log-likelihoods of the choices), all metrics
+    and the first one as the score. A task that has come to its end under a setting has a row of
+    its own, which says so.
 
     Args:
         tasks: names of tasks or groups.
@@ -38,40 +45,29 @@ class Harness:
     tokenizer: str = ""
     template: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def items(self) -> Sequence[Row]:  # type: ignore[override]
+        return [{"item": f"lm_eval:{task}"} for task in self.tasks]
 
-def answer_tasks(
-    views: Sequence[Looped],
-    tokenizer: TokenizerWrapper,
-    harness: Harness,
-    results: Results,
-    advance: Callable[[int], bool],
-) -> bool:
-    """Run the tasks under every setting, as far as `results` lacks them.
+    @cached_property
+    def _lm_eval(self) -> tuple[Callable[..., Any], Any, Callable[..., Any]]:
+        return _lm_eval(self)
 
-    A row has the problem's prompt, the answer (or the log-likelihoods of the choices), all metrics
-    and the task's first one as the score. A task that has come to its end under a setting has a
-    row of its own, which says so.
-
-    Args:
-        advance: called with how many tasks were done; False: stop here.
-
-    Returns:
-        Whether it came to the end.
-
-    Raises:
+    def measure(
+        self, views: Sequence[Looped], tokenizer: TokenizerWrapper, items: Sequence[Row]
+    ) -> Iterator[list[Found]]:
+        """Raises:
         UserError: lm-eval is missing, or a task cannot be loaded.
-    """
-    evaluate, manager, adapter = _lm_eval(harness)
-    for task in harness.tasks:
-        for view in views:
-            done = {"item": f"lm_eval:{task}"}
-            if results.has(view.loop, done):
-                continue
+        """
+        evaluate, manager, adapter = self._lm_eval
+        (done,) = items
+        task = done["item"].removeprefix("lm_eval:")
+        for number, view in enumerate(views):
             try:
                 found = evaluate(
                     model=adapter(view, tokenizer),
                     tasks=[task],
-                    limit=harness.limit,
+                    limit=self.limit,
                     task_manager=manager,
                     apply_chat_template=tokenizer.has_chat_template,
                     fewshot_as_multiturn=tokenizer.has_chat_template,
@@ -85,17 +81,11 @@ def answer_tasks(
                     f"lm_eval:{task} failed ({line}); `lm-eval ls tasks` lists the tasks, and "
                     "data that is not on this computer needs a network"
                 ) from error
-            for name, samples in found["samples"].items():
-                for row in rows(name, samples):
-                    if not results.has(view.loop, row):
-                        results.add(view.loop, row)
-            results.add(view.loop, done)
-            if not advance(1):
-                return False
-    return True
+            samples = found["samples"].items()
+            yield [Found(number, [*chain(*(rows(name, of) for name, of in samples)), done])]
 
 
-def rows(task: str, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def rows(task: str, samples: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Results of a task's logged samples, of its first filter; in order of the problems."""
     out = []
     for sample in sorted(samples, key=lambda s: s["doc_id"]):

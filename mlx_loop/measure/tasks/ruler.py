@@ -16,13 +16,19 @@ import random
 import re
 import string
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import count, cycle, islice, pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, cycle, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
 from ...errors import UserError
+from ...generation.prefill import PREFILL_STEP
+from ...generation.prompt import render
+from ..results import Row
+from .task import Answers
 
 DATA = Path(__file__).parent
 SEED = 42  # the published one
@@ -96,6 +102,62 @@ class Example:
     answers: list[str]
     depths: list[float]
     tokens: int
+
+
+@dataclass(frozen=True)
+class Ruler(Answers):
+    """Problems of `example`, the same ones for every setting.
+
+    Args:
+        problems: those of a task and length one after the other, of which batches are made.
+        answer_prefix: whether the model is given the beginning of its answer, as published.
+        template: more arguments for the chat template.
+    """
+
+    problems: Sequence[Example]
+    answer_prefix: bool = True
+    system: str | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = 8
+    step: int = PREFILL_STEP
+
+    def of(self, problems: Sequence[Example]) -> Ruler:
+        """Other problems, asked in the same way."""
+        return replace(self, problems=problems)
+
+    @property
+    def items(self) -> Sequence[Row]:  # type: ignore[override]
+        return [
+            {
+                "item": f"{example.task}/{example.length}/{example.index}",
+                "task": example.task,
+                "length": example.length,
+                "index": example.index,
+                "example": example,
+            }
+            for example in self.problems
+        ]
+
+    def batches(self) -> Iterator[Sequence[Row]]:
+        for _, cell in groupby(self.items, key=lambda item: (item["task"], item["length"])):
+            items = list(cell)
+            for start in range(0, len(items), self.batch):
+                yield items[start : start + self.batch]
+
+    def tokens(self, tokenizer: TokenizerWrapper, text: str, answer_prefix: str) -> list[int]:
+        """Token ids of a problem."""
+        prefix = answer_prefix if self.answer_prefix else ""
+        message = {"role": "user", "content": text}
+        return render(tokenizer, [message], self.system, self.template, prefix)
+
+    def prompt(self, tokenizer: TokenizerWrapper, item: Row) -> list[int]:
+        return self.tokens(tokenizer, item["example"].prompt, item["example"].answer_prefix)
+
+    def longest(self, item: Row) -> int:
+        return TASKS[item["task"]].max_tokens
+
+    def judge(self, item: Row, text: str) -> Row:
+        return {"answer": text, "score": score(item["task"], text, item["example"].answers)}
 
 
 class Draft(NamedTuple):

@@ -23,10 +23,11 @@ from ...files import whole_file
 from ...generation.conversation import Interrupted
 from ...generation.prefill import prefill_step
 from ...measure.comparison import Answer, compare, distinct
+from ...measure.names import names
 from ...method.loop import layer_passes
 from ...models.looped import Looped
 from ...settings import LoopConfig
-from ..board import Board, notes, titles
+from ..board import Board, notes
 from ..options import (
     SETTINGS,
     axes_from,
@@ -373,7 +374,7 @@ def markdown(reports: Iterable[dict[str, Any]]) -> str:
             for answer in report["answers"]
         ]
         parts.append(f"# {report['model']}\n\n{_quoted(report['prompt'])}")
-        for title, answer in zip(titles(loops), report["answers"], strict=True):
+        for title, answer in zip(names(loops, brief=True), report["answers"], strict=True):
             parts.append(f"## {title}\n\n{' · '.join(answer['notes'])}")
             parts.append(_quoted(answer["text"]))
     return "\n\n".join(parts) + "\n"

@@ -3,112 +3,80 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-
-from ...errors import INTERRUPTED, UserError
-from ...measure.comparison import distinct
-from ...measure.plots import save
-from ...measure.sweep import (
-    QUESTIONS,
-    Results,
-    Summary,
-    Task,
-    Text,
-    best,
-    complete,
-    conclusion,
-    fingerprint,
-    read_task,
-    read_text,
-    summarise,
-    sweep,
-)
+from ...errors import INTERRUPTED
+from ...measure.outcome import HEADER, best, conclusion, outcomes, rows
+from ...measure.plots import draw_windows, save
+from ...measure.results import Results, fingerprint
+from ...measure.study import complete, gather
+from ...measure.tasks import FROM_FILES, split_name
+from ...measure.tasks.questions import QUESTIONS
 from ...settings import LoopConfig
-from ..board import titles
-from ..options import axes_from, combinations, load_with_start
-from ..terminal import describe, err, interruptible, out
+from ..measuring import load_views, measuring, table
+from ..terminal import err, out
 
 DEFAULT_AXES: dict[str, list[Any]] = {"loops": [2, 4], "integrator": ["euler", "anchored"]}
+# What a score is called on the screen.
+TITLES = {"right": "right, %"}
 
 
 def run(args: argparse.Namespace) -> int:
-    axes = axes_from(args) or DEFAULT_AXES
-    is_task = args.task is not None
-    path = QUESTIONS if args.task == "demo" else Path(args.task or args.text).expanduser()
-    items = read_task(path, args.limit) if is_task else []
+    kind, file = split_name(args.task) if args.task else ("text", args.text)
+    path = QUESTIONS if args.task == "demo" else Path(file).expanduser()
+    asked = {
+        "max_tokens": args.max_tokens,
+        "template": args.chat_template_config,
+        "system": args.system_prompt,
+    }
+    data = fingerprint(path)
+    views, tokenizer = load_views(args, DEFAULT_AXES)
+    task = FROM_FILES[kind].read(path, tokenizer, args.limit, **asked, batch=args.batch_size)
     header = {
         "model": args.model,
         "adapter": args.adapter_path,
-        "data": fingerprint(path),
-        "max_tokens": args.max_tokens if is_task else None,
-        "template": args.chat_template_config if is_task else None,
-        "measure": "task" if is_task else "text",
+        "data": data,
+        **dict.fromkeys(("max_tokens", "template", "system"), None),
+        **({} if kind == "text" else asked),
+        "measure": "task" if kind == "questions" else kind,
     }
     results = Results.open(Path(args.out).expanduser(), header)
-    with err.status(f"loading {args.model}"):
-        model, tokenizer, start = load_with_start(args)
-    views = distinct(model, combinations(start, axes))
-    if len(views) < 2:
-        raise UserError("there is no looped setting to compare: give --loops 2 or more")
-    work: Task | Text
-    if is_task:
-        if not tokenizer.has_chat_template:
-            raise UserError("--task needs a model with a chat template; --text works with any")
-        work = Task(items, args.max_tokens, args.chat_template_config, args.batch_size)
-    else:
-        work = Text(read_text(path, tokenizer, args.limit))
-    total = len(views) * len(work.items)
-    done = sum(results.has(view.loop, item) for view in views for item in work.items)
-    with interruptible() as stop, _progress() as progress:
-        bar = progress.add_task(f"{len(views)} settings", total=total, completed=done)
-
-        def advance(count: int) -> bool:
-            progress.advance(bar, count)
-            return not stop.is_set()
-
-        finished = sweep(views, tokenizer, work, results, advance)
-    count = len(complete(views, work, results))
+    with measuring() as (_, measure):
+        finished = measure(f"{len(views)} settings", views, tokenizer, task, results)
+    items = complete(views, task, results)
     if not finished:
         err.print(
-            f"stopped after {count} of {len(work.items)} items; the same command goes on",
+            f"stopped after {len(items)} of {len(task.items)} items; the same command goes on",
             style="yellow",
         )
-    if not count:
+    if not items:
         return INTERRUPTED
-    summaries = summarise(views, work, results)
+    found = outcomes(gather(views, task, results))
+    winner = best(found)
+    cells = rows(found, len(views[0].layers))
+    for name in task.also:
+        for view, row in zip(views, cells, strict=True):
+            mean = sum(results.of(view.loop, item)[name] for item in items) / len(items)
+            row.append(f"{mean:.2g}")
+    columns = ["setting", "cost", TITLES.get(task.score, task.score), *HEADER[3:]]
     show = err if args.best else out
-    show.print(_table(summaries, work))
-    show.print(conclusion(summaries, work.better, count))
-    if not is_task:
+    show.print(table([*columns, *map(str.upper, task.also)], cells))
+    show.print(conclusion(found, len(items)))
+    if winner is not None:
+        show.print("The best of many looks better than it is: confirm it on other items.")
+    if task.score == "loss":
         show.print("A lower loss does not promise better answers.", style="dim")
     if args.plot is not None:
-        files = save(
-            Path(args.plot).expanduser(), lambda pyplot: draw(pyplot, summaries, work, args.model)
-        )
+        what = "right answers" if task.score == "right" else task.score
+        draw = partial(draw_windows, found, f"{args.model}: {what}")
+        files = save(Path(args.plot).expanduser(), draw)
         err.print(f"drawn in {files[0]} and, for dark pages, {files[1]}", markup=False)
     if args.best:
-        winner = best(summaries, work.better)
         print(python(None if winner is None else winner.loop))
     return 0 if finished else INTERRUPTED
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("results,"),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
 
 
 def python(loop: LoopConfig | None) -> str:
@@ -118,121 +86,3 @@ def python(loop: LoopConfig | None) -> str:
     given = {field.name: getattr(loop, field.name) for field in fields(loop)}
     shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
     return f"LoopConfig({shown})"
-
-
-# --- Table ---
-
-
-def _table(summaries: Sequence[Summary], work: Task | Text) -> Table:
-    is_task = isinstance(work, Task)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("setting", overflow="fold")
-    for name in ("cost", "right, %" if is_task else "loss", "against no looping", "p"):
-        table.add_column(name, justify="right")
-    if not is_task:
-        table.add_column("KL", justify="right")
-    for summary in summaries:
-        cells = [
-            describe(summary.loop) if summary.loop else "no loop",
-            f"+{summary.cost:.0%}",
-            _interval(summary.mean, summary.interval, is_task, ""),
-        ]
-        if summary.loop is not None:
-            cells += [
-                _interval(summary.change, summary.change_interval, is_task, "+"),
-                f"{summary.p:.2g}{' *' if summary.is_distinguishable else ''}",
-            ]
-            if summary.kl is not None:
-                cells.append(f"{summary.kl:.2g}")
-        table.add_row(*cells)
-    return table
-
-
-def _interval(mean: float, interval: tuple[float, float], is_task: bool, sign: str) -> str:
-    form = f"{{:{sign}.1f}}" if is_task else f"{{:{sign}.4f}}"
-    middle, low, high = (form.format(x * (100 if is_task else 1)) for x in (mean, *interval))
-    return f"{middle} [{low}, {high}]"
-
-
-# --- Picture ---
-
-
-def draw(pyplot: Any, summaries: Sequence[Summary], work: Task | Text, name: str) -> Any:
-    """Windows x loops as a heat map, and the change over loops with its interval as lines."""
-    is_task = isinstance(work, Task)
-    unit = "points" if is_task else "nats per token"
-    scale = 100 if is_task else 1
-    groups = _groups(summaries[1:])
-    figure, axes = pyplot.subplots(
-        2,
-        len(groups),
-        figsize=(max(3.4 * len(groups), 5), 6),
-        layout="constrained",
-        squeeze=False,
-        sharey="row",
-    )
-    most = max((abs(s.change) * scale for s in summaries), default=0) or 1
-    for column, (title, group) in enumerate(groups.items()):
-        windows = sorted({s.loop.window for s in group if s.loop})
-        loops = sorted({s.loop.loops for s in group if s.loop})
-        heat, lines = axes[0, column], axes[1, column]
-        grid = [[float("nan")] * len(loops) for _ in windows]
-        for s in group:
-            assert s.loop is not None
-            y, x = windows.index(s.loop.window), loops.index(s.loop.loops)
-            grid[y][x] = s.change * scale
-            text = f"{s.change * scale:+.1f}" if is_task else f"{s.change:+.3f}"
-            dark = abs(grid[y][x]) > 0.6 * most
-            heat.text(
-                x,
-                y,
-                text + ("*" if s.is_distinguishable else ""),
-                ha="center",
-                va="center",
-                color="white" if dark else "black",
-            )
-        colours = "RdBu" if work.better > 0 else "RdBu_r"
-        image = heat.imshow(grid, cmap=colours, vmin=-most, vmax=most, aspect="auto")
-        heat.grid(False)
-        heat.set_xticks(range(len(loops)), loops)
-        heat.set_yticks(range(len(windows)), [f"[{a},{b})" for a, b in windows])
-        heat.set(title=title, xlabel="loops K")
-        for window in windows:
-            line = sorted(
-                (s for s in group if s.loop and s.loop.window == window),
-                key=lambda s: s.loop.loops if s.loop else 0,
-            )
-            means = [s.change * scale for s in line]
-            below = [m - s.change_interval[0] * scale for m, s in zip(means, line, strict=True)]
-            above = [s.change_interval[1] * scale - m for m, s in zip(means, line, strict=True)]
-            lines.errorbar(
-                [s.loop.loops for s in line if s.loop],
-                means,
-                (below, above),
-                marker="o",
-                markersize=4,
-                capsize=3,
-                label=f"[{window[0]},{window[1]})",
-            )
-        lines.axhline(0, linewidth=0.8, linestyle="--", color=pyplot.rcParams["text.color"])
-        lines.set(xlabel="loops K")
-        lines.set_xticks(loops)
-        if len(windows) > 1:
-            lines.legend(title="window", frameon=False)
-    axes[0, 0].set_ylabel("window")
-    axes[1, 0].set_ylabel(f"change, {unit}, 95 % interval")
-    figure.colorbar(image, ax=axes[0, :].tolist(), label=f"change, {unit}")
-    what = "right answers" if is_task else "loss"
-    figure.suptitle(f"{name}: {what} against no looping (* distinguishable)")
-    return figure
-
-
-def _groups(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
-    """By everything but window and loops: an integrator, or whatever else was swept."""
-    rest = [replace(s.loop, window=None, loops=None) for s in summaries if s.loop]
-    kinds = list(dict.fromkeys(rest))
-    names = titles(kinds) if len(kinds) > 1 else [str(summaries[0].loop.integrator)]  # type: ignore[union-attr]
-    groups: dict[str, list[Summary]] = {}
-    for kind, summary in zip(rest, summaries, strict=True):
-        groups.setdefault(names[kinds.index(kind)], []).append(summary)
-    return groups

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 from conftest import make
+from zoo import build
 
 from mlx_loop import LoopConfig
 from mlx_loop.generation.batch import answer_batch
@@ -35,6 +36,14 @@ def alone(view, prompt, ends, step):
             break
         answer.append(token)
     return answer
+
+
+@pytest.mark.parametrize("name", ["llama4", "jamba", "rwkv7"])
+def test_prompts_that_cannot_be_merged_are_answered_one_at_a_time(name):
+    views = distinct(build(name), [LoopConfig(loops=2)])
+    found = {i: answers for i, answers, _ in answer_batch(views, PROMPTS, set(), TOKENS)}
+    for i, view in enumerate(views):
+        assert found[i] == [alone(view, prompt, set(), 99) for prompt in PROMPTS], view.loop
 
 
 @pytest.mark.parametrize("name", ["qwen3", "sliding_llama", "qwen3_moe", "deepseek_v3"])

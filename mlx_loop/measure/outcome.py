@@ -1,0 +1,173 @@
+"""What scores say: every setting by itself, and against the un-looped model problem by problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..method.loop import layer_passes
+from ..settings import LoopConfig
+from .names import names
+from .significance import LEVEL, holm, mean_interval, paired, verdict
+
+Problem = tuple[str, int | None, Any]  # task, length, index
+HEADER = ["setting", "cost", "score", "difference", "p", "to see", "verdict"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One setting over all problems, and against the un-looped model.
+
+    Args:
+        loop: complete settings; None: the un-looped model.
+        mean, interval: of the score.
+        change, change_interval: against the un-looped model, over problems.
+        p: of the paired test, corrected by Holm for the number of settings.
+        needed: problems that would show this change; None: there is none.
+        better: 1 where more is better, -1 where less is.
+        unit: of the score: `%` for 0 to 1, or another one.
+    """
+
+    loop: LoopConfig | None
+    name: str
+    mean: float
+    interval: tuple[float, float]
+    change: float = 0.0
+    change_interval: tuple[float, float] = (0.0, 0.0)
+    p: float = 1.0
+    needed: int | None = None
+    better: int = 1
+    unit: str = "%"
+
+    @property
+    def is_distinguishable(self) -> bool:
+        return self.p < LEVEL
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.better * self.change, self.p)
+
+    def said(self) -> str:
+        """The score with its interval."""
+        return self._said("", self.mean, *self.interval)
+
+    def said_change(self) -> str:
+        """The change with its interval."""
+        return self._said("+", self.change, *self.change_interval)
+
+    def _said(self, sign: str, *numbers: float) -> str:
+        form, scale = (".1f", 100) if self.unit == "%" else (".4f", 1)
+        middle, low, high = (f"{scale * number:{sign}{form}}" for number in numbers)
+        return f"{middle} [{low}, {high}]"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The same problems under every setting.
+
+    Args:
+        settings: complete settings, None (the un-looped model) first.
+        problems: those that every setting has answered.
+        values: (settings, problems).
+        planned: problems that there are.
+        header: the configuration of the study.
+        better, unit: as in `Outcome`.
+    """
+
+    settings: Sequence[LoopConfig | None]
+    problems: list[Problem]
+    values: NDArray[np.float64]
+    planned: int
+    header: Mapping[str, Any] = field(default_factory=dict)
+    better: int = 1
+    unit: str = "%"
+
+    @property
+    def names(self) -> list[str]:
+        return names(self.settings)
+
+    def of(self, wanted: Callable[[Problem], bool]) -> Scores:
+        """The part with some of the problems."""
+        chosen = [i for i, problem in enumerate(self.problems) if wanted(problem)]
+        problems = [self.problems[i] for i in chosen]
+        return replace(self, problems=problems, values=self.values[:, chosen])
+
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(task for task, _, _ in self.problems))
+
+    def lengths(self) -> list[int]:
+        return sorted({length for _, length, _ in self.problems if length is not None})
+
+
+def outcomes(scores: Scores, chosen: int | None = None) -> list[Outcome]:
+    """Every setting, the un-looped one first; there is at least one problem.
+
+    Args:
+        chosen: number of the one setting that is tested; None: all are.
+    """
+    bounded = scores.unit == "%"
+    tested = range(len(scores.settings)) if chosen is None else (0, chosen)
+    found = []
+    for i in tested:
+        pair = paired(scores.values[i], scores.values[0], bounded=bounded)
+        found.append(
+            Outcome(
+                scores.settings[i],
+                scores.names[i],
+                float(scores.values[i].mean()),
+                mean_interval(scores.values[i], bounded=bounded),
+                pair.difference,
+                (pair.low, pair.high),
+                pair.p,
+                pair.needed,
+                scores.better,
+                scores.unit,
+            )
+        )
+    adjusted = [1.0, *holm([outcome.p for outcome in found[1:]])]
+    return [replace(outcome, p=p) for outcome, p in zip(found, adjusted, strict=True)]
+
+
+def best(found: Sequence[Outcome]) -> Outcome | None:
+    """The setting with the best mean of those distinguishably better than no looping, if any."""
+    won = [outcome for outcome in found if outcome.verdict == "better"]
+    return max(won, key=lambda outcome: outcome.better * outcome.mean, default=None)
+
+
+def conclusion(found: Sequence[Outcome], problems: int) -> str:
+    """What may be said, in a sentence or two."""
+    tried = len(found) - 1
+    corrected = f", corrected for {tried} settings" if tried > 1 else ""
+    how = f"{problems} problems, exact paired test{corrected}, 5 %"
+    parts, rest = [], tried
+    for word in ("better", "worse"):
+        which = [outcome.name for outcome in found if outcome.verdict == word]
+        if which:
+            parts.append(f"{word.capitalize()} than no looping: {'; '.join(which)}.")
+            rest -= len(which)
+    if not parts:
+        return f"No detectable difference between any setting and no looping ({how})."
+    if rest:
+        parts.append(f"No detectable difference: the other {rest}.")
+    return f"{' '.join(parts)} ({how[0].upper()}{how[1:]}.)"
+
+
+def rows(found: Sequence[Outcome], layers: int) -> list[list[str]]:
+    """The cells of `HEADER` for each setting.
+
+    Args:
+        layers: of the model; costs are layer passes of a looped token beyond the plain model's.
+    """
+    out = []
+    for outcome in found:
+        cost = layer_passes(outcome.loop, layers) / layers - 1
+        row = [outcome.name, f"+{cost:.0%}", outcome.said(), "", "", "", ""]
+        if outcome.loop is not None:
+            needed = "" if outcome.needed is None else str(outcome.needed)
+            row[3:] = [outcome.said_change(), f"{outcome.p:.2g}", needed, outcome.verdict]
+        out.append(row)
+    return out

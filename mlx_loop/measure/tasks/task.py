@@ -1,0 +1,140 @@
+"""What a task is: items, and how a batch of them is measured under several settings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ...errors import UserError
+from ...generation.batch import answer_batch
+from ...generation.prefill import PREFILL_STEP
+from ...models.looped import Looped
+from ..results import Row
+
+# Settings that answer at the same time, which bounds the memory that their caches take.
+TOGETHER = 8
+
+
+class Found(NamedTuple):
+    """Results of one view.
+
+    Args:
+        view: its number.
+        rows: the results, each with the name of its item.
+        seconds: what they took; None: that was not measured.
+    """
+
+    view: int
+    rows: list[Row]
+    seconds: float | None = None
+
+
+class Task:
+    """Something to measure.
+
+    Attributes:
+        items: each has a name, `item`; `task`, `length` and `index` are kept with its results.
+        batch: items that are measured at a time.
+        score: what the results call the score.
+        also: other numbers in the results, of which means are shown.
+        better: 1 where more is better, -1 where less is.
+        unit: of the score: `%` for 0 to 1, or another one.
+    """
+
+    items: Sequence[Row]
+    batch: int = 1
+
+    score: str = "score"
+    also: Sequence[str] = ()
+    better: int = 1
+    unit: str = "%"
+
+    @classmethod
+    def read(cls, path: Path, tokenizer: TokenizerWrapper, limit: int | None, **asked: Any) -> Task:
+        """The task of a file.
+
+        Args:
+            limit: as in `spread`.
+            asked: how it is asked, if it is: max_tokens, template, system, batch.
+
+        Raises:
+            UserError: the file cannot be read, or is not of the task's form.
+        """
+        raise NotImplementedError
+
+    def batches(self) -> Iterator[Sequence[Row]]:
+        """The items, a batch at a time; the same ones in every run."""
+        for start in range(0, len(self.items), self.batch):
+            yield self.items[start : start + self.batch]
+
+    def measure(
+        self, views: Sequence[Looped], tokenizer: TokenizerWrapper, items: Sequence[Row]
+    ) -> Iterator[list[Found]]:
+        """Results of a batch under each view; those that come at the same time in one list."""
+        raise NotImplementedError
+
+
+class Answers(Task):
+    """A task of prompts that are answered greedily."""
+
+    step: int = PREFILL_STEP
+
+    def prompt(self, tokenizer: TokenizerWrapper, item: Row) -> list[int]:
+        """Token ids, up to where the answer begins."""
+        raise NotImplementedError
+
+    def longest(self, item: Row) -> int:
+        """The most tokens of an answer; the same for all items of a batch."""
+        raise NotImplementedError
+
+    def judge(self, item: Row, text: str) -> Row:
+        """What is kept of an answer, its score among it."""
+        raise NotImplementedError
+
+    def measure(
+        self, views: Sequence[Looped], tokenizer: TokenizerWrapper, items: Sequence[Row]
+    ) -> Iterator[list[Found]]:
+        ends = set(tokenizer.eos_token_ids)
+        prompts = [self.prompt(tokenizer, item) for item in items]
+        for start in range(0, len(views), TOGETHER):
+            some = views[start : start + TOGETHER]
+            found = answer_batch(some, prompts, ends, self.longest(items[0]), self.step)
+            for number, answers, seconds in found:
+                texts = map(tokenizer.decode, answers)
+                rows = [place(i) | self.judge(i, t) for i, t in zip(items, texts, strict=True)]
+                yield [Found(start + number, rows, seconds)]
+
+
+def place(item: Row) -> Row:
+    """What is kept of an item with each of its results."""
+    return {name: item[name] for name in ("item", "task", "length", "index") if name in item}
+
+
+def named(task: Task, name: str) -> Task:
+    """The same task with items of which the results can stand among those of other tasks."""
+    task = copy.copy(task)
+    items = [
+        item
+        | {"item": f"{name}/{item['item']}", "task": name, "length": None, "index": item["item"]}
+        for item in task.items
+    ]
+    # Tasks are frozen.
+    object.__setattr__(task, "items", items)
+    return task
+
+
+def spread(items: list[Any], limit: int | None, source: Any) -> list[Any]:
+    """`limit` of the items, evenly spread; None: all.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not items:
+        raise UserError(f"{source} has nothing in it to measure")
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]

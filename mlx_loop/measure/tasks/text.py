@@ -1,0 +1,83 @@
+"""A text: how well it is foreseen, and how far the prediction is from the un-looped model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ...generation.prompt import encode
+from ...models.looped import Looped
+from ...models.together import logits, states
+from ..comparison import CHUNK, kl
+from ..results import Row, read_text
+from .task import Found, Task, place, spread
+
+# Tokens of a text that are read at a time; each such piece is an item.
+PIECE = 512
+
+
+@dataclass(frozen=True)
+class Text(Task):
+    """A text in pieces; of each the mean loss and the KL to the un-looped model, in nats.
+
+    Args:
+        items: number of the piece and its tokens.
+    """
+
+    items: Sequence[Row]
+
+    score = "loss"
+    also = ("kl",)
+    better = -1
+    unit = "nats"
+
+    @classmethod
+    def read(cls, path: Path, tokenizer: TokenizerWrapper, limit: int | None, **_: Any) -> Text:
+        """The text of a file."""
+        return cls(read_pieces(path, tokenizer, limit))
+
+    def measure(
+        self, views: Sequence[Looped], tokenizer: TokenizerWrapper, items: Sequence[Row]
+    ) -> Iterator[list[Found]]:
+        """Layers below the windows are computed once for all views."""
+        base = [] if views[0].is_unlooped else [views[0].with_loop(None)]
+        for item in items:
+            tokens = mx.array(item["tokens"])[None]
+            found = states([*base, *views], tokens)
+            yield [
+                Found(i, [place(item) | _loss(views[0], state, found[0], tokens)])
+                for i, state in enumerate(found[len(base) :])
+            ]
+
+
+def _loss(model: Looped, state: mx.array, base: mx.array, tokens: mx.array) -> Row:
+    """Mean loss of the tokens after the first, and mean KL(base || state)."""
+    losses, divergences = [], []
+    for start in range(0, tokens.shape[1] - 1, CHUNK):
+        stop = min(start + CHUNK, tokens.shape[1] - 1)
+        found, plain = (logits(model, x[..., start:stop, :]) for x in (state, base))
+        wide = found.astype(mx.float32)
+        target = tokens[:, start + 1 : stop + 1, None]
+        chosen = mx.take_along_axis(wide, target, axis=-1)[..., 0]
+        losses.append(mx.logsumexp(wide, axis=-1) - chosen)
+        divergences.append(kl(plain, found))
+        mx.eval(losses[-1], divergences[-1])
+    loss, divergence = (float(mx.concatenate(x, axis=1).mean()) for x in (losses, divergences))
+    return {"loss": loss, "kl": divergence}
+
+
+def read_pieces(path: Path, tokenizer: TokenizerWrapper, limit: int | None) -> list[Row]:
+    """A text in pieces of 512 tokens, `limit` of them evenly spread.
+
+    Raises:
+        UserError: it cannot be read, or is shorter than two tokens.
+    """
+    tokens = encode(tokenizer, read_text(path))
+    pieces = [tokens[i : i + PIECE] for i in range(0, len(tokens), PIECE)]
+    items = [{"item": i, "tokens": piece} for i, piece in enumerate(pieces) if len(piece) > 1]
+    return spread(items, limit, path)

@@ -1,0 +1,81 @@
+"""What `sweep` and `evaluate` share: the settings, the bar while they are measured, the table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..errors import UserError
+from ..measure.comparison import distinct
+from ..measure.results import Results
+from ..measure.study import run
+from ..measure.tasks import Task
+from ..models.looped import Looped
+from .options import axes_from, combinations, load_with_start
+from .terminal import err, interruptible
+
+# Measures a task under views, as far as the results lack it; says whether it came to the end.
+Measure = Callable[..., bool]
+
+
+def load_views(
+    args: argparse.Namespace, axes: Mapping[str, Sequence[Any]]
+) -> tuple[list[Looped], TokenizerWrapper]:
+    """The un-looped model, the settings that the options ask for, else `axes`, and the tokenizer.
+
+    Raises:
+        UserError: no setting loops, or as `load`.
+    """
+    axes = axes_from(args) or axes
+    with err.status(f"loading {args.model}"):
+        model, tokenizer, start = load_with_start(args)
+    views = distinct(model, combinations(start, axes))
+    if len(views) < 2:
+        raise UserError("there is no looped setting to compare: give --loops 2 or more")
+    return views, tokenizer
+
+
+@contextmanager
+def measuring() -> Iterator[tuple[Progress, Measure]]:
+    """A bar on the screen, and `study.run` that moves it and stops at Ctrl-C."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    bars = Progress(
+        *columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal
+    )
+    with interruptible() as stop, bars:
+
+        def measure(
+            title: str,
+            views: Sequence[Looped],
+            tokenizer: TokenizerWrapper,
+            task: Task,
+            results: Results,
+            seconds: Path | None = None,
+        ) -> bool:
+            done = sum(results.has(view.loop, item) for view in views for item in task.items)
+            bar = bars.add_task(title, total=len(views) * len(task.items), completed=done)
+
+            def advance(count: int) -> bool:
+                bars.advance(bar, count)
+                return not stop.is_set()
+
+            return run(views, tokenizer, task, results, advance, seconds)
+
+        yield bars, measure
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Numbers at the right, words at the left."""
+    made = Table(box=None, pad_edge=False)
+    for name in header:
+        made.add_column(name, justify="left" if name in ("setting", "verdict") else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
