@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 from .errors import UserError
 from .integrators import INTEGRATORS
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 # The fields that only some integrators read, and which those are.
 INTEGRATOR_FIELDS: Mapping[str, tuple[str, ...]] = {
     field: tuple(name for name, integrator in INTEGRATORS.items() if field in integrator.reads)
@@ -213,7 +216,7 @@ class LoopConfig:
         return _jsonable(asdict(self))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LoopConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`. An unknown key is an error, never ignored."""
         known = [field.name for field in fields(cls)]
         if not isinstance(values, Mapping):
@@ -228,7 +231,7 @@ class LoopConfig:
         return json.dumps(self.to_dict())
 
     @classmethod
-    def from_json(cls, text: str) -> LoopConfig:
+    def from_json(cls, text: str) -> Self:
         """The inverse of `to_json`."""
         try:
             return cls.from_dict(json.loads(text))
@@ -301,6 +304,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _as_tuple(value: object) -> tuple | None:
+def _as_tuple(value: object) -> tuple[Any, ...] | None:
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
     return tuple(value) if is_list else None  # type: ignore[arg-type]

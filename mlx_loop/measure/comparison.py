@@ -26,7 +26,7 @@ from ..generation.speculative import NUM_DRAFT_TOKENS, Drafter, check
 from ..method.cache import Bookmark
 from ..models.looped import Looped
 from ..models.together import states
-from ..settings import LoopConfig
+from ..settings import LoopConfig, ResolvedLoop
 
 # Tokens of which the logits of two settings are compared at a time: it bounds the memory.
 CHUNK = 64
@@ -76,7 +76,7 @@ class Answer:
     _same: int = 0
 
     @property
-    def loop(self) -> LoopConfig | None:
+    def loop(self) -> ResolvedLoop | None:
         """Complete settings; None: the un-looped model."""
         return self.view.loop
 
@@ -124,7 +124,7 @@ def distinct(model: Looped, settings: Sequence[LoopConfig | None]) -> list[Loope
     Raises:
         UserError: settings that do not fit the model.
     """
-    views: dict[LoopConfig | None, Looped] = {None: model.with_loop(None)}
+    views: dict[ResolvedLoop | None, Looped] = {None: model.with_loop(None)}
     for loop in settings:
         view = model.with_loop(loop)
         if not view.is_unlooped:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..method.loop import layer_passes
-from ..settings import LoopConfig
+from ..settings import ResolvedLoop
 from .names import names
 from .significance import LEVEL, holm, mean_interval, paired, verdict
 
@@ -32,7 +32,7 @@ class Outcome:
         unit: of the score: `%` for 0 to 1, or another one.
     """
 
-    loop: LoopConfig | None
+    loop: ResolvedLoop | None
     name: str
     mean: float
     interval: tuple[float, float]
@@ -78,7 +78,7 @@ class Scores:
         better, unit: as in `Outcome`.
     """
 
-    settings: Sequence[LoopConfig | None]
+    settings: Sequence[ResolvedLoop | None]
     problems: list[Problem]
     values: NDArray[np.float64]
     planned: int

@@ -80,7 +80,8 @@ def _cycle() -> Any:
 def groups(found: Sequence[Outcome], *apart: str) -> dict[str, list[Outcome]]:
     """Looped settings that differ in these fields alone, by name; K ascending."""
     looped = sorted((outcome for outcome in found if outcome.loop), key=_loops)
-    kinds = [replace(o.loop, **dict.fromkeys(apart)) for o in looped if o.loop is not None]
+    unset: Any = dict.fromkeys(apart)
+    kinds = [replace(o.loop, **unset) for o in looped if o.loop is not None]
     unique = list(dict.fromkeys(kinds))
     titles = dict(zip(unique, names(unique), strict=True))
     members: dict[str, list[Outcome]] = {}

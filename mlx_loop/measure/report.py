@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..files import whole_file
-from ..settings import LoopConfig
+from ..settings import ResolvedLoop
 from .document import Block, Picture, Table, Text, markdown, page
 from .drift import MEASURES
 from .outcome import HEADER, Outcome, Problem, Scores, conclusion, outcomes, rows
@@ -46,14 +46,14 @@ def read(folder: Path) -> Scores:
         UserError: no problem is complete, or the file cannot be read.
     """
     header, *lines = read_lines(folder / RESULTS)
-    settings: dict[str, LoopConfig | None] = {}
+    settings: dict[str, ResolvedLoop | None] = {}
     found: dict[str, dict[Problem, float]] = defaultdict(dict)
     for row in lines:
         score = next((row[name] for name in SCORES if name in row), None)
         if score is not None:
             name, loop = key(row["loop"]), row["loop"]
             if name not in settings:
-                settings[name] = loop and LoopConfig.from_dict(loop)
+                settings[name] = loop and ResolvedLoop.from_dict(loop)
             found[name][row["task"], row["length"], row["index"]] = score
     keys = sorted(found, key=lambda name: settings[name] is not None)
     every = list(dict.fromkeys(p for scores in found.values() for p in scores))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +26,8 @@ Path = tuple[str | int, ...]
 
 Arguments = dict[int | str, Any]
 """Arguments of a call: those by position under their number, the others under their name."""
+
+M = TypeVar("M")
 
 # What a mixture of experts calls the module that chooses among them.
 ROUTERS = ("gate", "router")
@@ -130,7 +132,7 @@ class StandIn:
         return type(self._layer)
 
 
-def with_layers(model: Any, places: Mapping[Path, Any]) -> Any:
+def with_layers(model: M, places: Mapping[Path, Any]) -> M:
     """A view of `model` with other modules at some places.
 
     It shares all the rest, and no array is copied.

@@ -50,7 +50,8 @@ class Count:
         """
         self._fired = self._fired + mx.sum(fired)
         self._loops += fired.size
-        return mx.depends([out], [self._fired])[0]
+        tied: list[mx.array] = mx.depends([out], [self._fired])
+        return tied[0]
 
     def take(self) -> tuple[int, int]:
         """(firings, tokens times loops), since the last call. It waits for the device."""

@@ -216,7 +216,7 @@ class _Window:
         return self._policies[id(cache)].view(self._evaluation)
 
     def _length(self, n: int) -> int:
-        return self._calls[n][self._where[n].state].shape[-2]
+        return int(self._calls[n][self._where[n].state].shape[-2])
 
     def _fill_histories(self) -> None:
         """Write what the natural pass wrote into the other histories, from the same inputs."""

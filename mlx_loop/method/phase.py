@@ -38,7 +38,7 @@ def prompt_end(cache: list[Any], length: int) -> int | None:
     A second single token of which nobody said anything is most likely a generated one, so that
     is warned of.
     """
-    phase = marked(cache)
+    phase: _Phase | None = marked(cache)
     if phase is None or length > 1:
         mark(cache, phase := _Phase())
     if phase.prompt_end is None and length == 1:

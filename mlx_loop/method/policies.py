@@ -209,7 +209,7 @@ class _Behind:
 
     @property
     def offset(self) -> int:
-        return self._cache.offset - self._length
+        return int(self._cache.offset) - self._length
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         seen = self._cache.update_and_fetch(keys, values)

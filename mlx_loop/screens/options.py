@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..presets import RECIPES
-from ..settings import CHOICES, INTEGRATORS, Guard, LoopConfig
+from ..settings import CHOICES, Guard, LoopConfig
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -159,7 +159,7 @@ SETTINGS: dict[str, Setting] = {
         "the layers that loop, half open: 15:19 is layers 15 to 18; or fractions, 0.4:0.5",
     ),
     "integrator": _choice(
-        "integrator", "how the loops make one step: " + ", ".join(INTEGRATORS), "NAME"
+        "integrator", "how the loops make one step: " + ", ".join(CHOICES["integrator"]), "NAME"
     ),
     "beta": Setting(
         float, "a number from 0 to 1", "B", "anchored: weight of the plain pass, 0 to 1"

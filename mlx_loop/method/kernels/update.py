@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -279,7 +279,7 @@ def _kernel(variant: Variant, backend: str) -> Function:
             found = call(inputs[0], *mapped)
         return list(found), [0] * len(found)
 
-    return call
+    return cast(Function, call)
 
 
 def _on_any_rank(
