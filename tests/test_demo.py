@@ -55,7 +55,7 @@ def test_naive_loops_destroy_what_damped_loops_keep(demo, questions):
     naive = model.with_loop(LoopConfig(integrator="naive", loops=8, scope="block"))
     anchored = model.with_loop(LoopConfig(integrator="anchored", loops=8, scope="block"))
     assert share_right(naive, tokenizer, questions) < plain - 0.2
-    # Questions are few; the tables in docs/results.md are the measurement.
+    # Questions are few; the tables in docs/studies/results.md are the measurement.
     assert share_right(anchored, tokenizer, questions) > plain - 0.06
 
 
