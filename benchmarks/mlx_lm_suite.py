@@ -13,8 +13,8 @@ and once for each setting:
     own     the preset with cache="own"
 
 Printed are the counts, and the failures that mlx-lm's own classes do not have. What they mean is
-in docs/studies/mlx-lm-suite.md. Many tests load a small 4-bit model from the Hugging Face hub; --model puts
-a local one in its place. Needs pip install 'mlx-lm[test]' requests.
+in docs/studies/mlx-lm-suite.md. Many tests load a small 4-bit model from the Hugging Face hub;
+--model puts a local one in its place. Needs pip install 'mlx-lm[test]' requests.
 """
 
 from __future__ import annotations

@@ -9,13 +9,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UserError
 from .integrators import INTEGRATORS
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # The fields that only some integrators read, and which those are.
 INTEGRATOR_FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -67,6 +64,7 @@ class Guard:
 _BAND = "(low, high) with 0 <= low <= 1 <= high"
 
 Window = tuple[int, int] | tuple[float, float]
+Given = TypeVar("Given", bound="LoopConfig")
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,7 @@ class LoopConfig:
         return _jsonable(asdict(self))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls: type[Given], values: Mapping[str, Any]) -> Given:
         """The inverse of `to_dict`. An unknown key is an error, never ignored."""
         known = [field.name for field in fields(cls)]
         if not isinstance(values, Mapping):
@@ -231,7 +229,7 @@ class LoopConfig:
         return json.dumps(self.to_dict())
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls: type[Given], text: str) -> Given:
         """The inverse of `to_json`."""
         try:
             return cls.from_dict(json.loads(text))
