@@ -63,15 +63,15 @@ def repeat(step: Tableau, times: int, size: Fraction) -> Tableau:
 
 
 def _classical(step: Tableau) -> Callable[..., Tableau]:
-    return lambda loops: repeat(step, loops, Fraction(1, loops))
+    return lambda loops, horizon: repeat(step, loops, Fraction(horizon) / loops)
 
 
 def _naive(loops: int) -> Tableau:
     return repeat(EULER, loops, Fraction(1))
 
 
-def _anchored(loops: int, beta: float) -> Tableau:
-    return replace(_classical(EULER)(loops), anchor=Fraction(beta))
+def _anchored(loops: int, beta: float, horizon: float) -> Tableau:
+    return replace(_classical(EULER)(loops, horizon), anchor=Fraction(beta))
 
 
 def _residual_scaled(loops: int) -> Tableau:
@@ -132,7 +132,7 @@ class Integrator:
         update: as a formula or in words.
         source: who describes it.
         tableau: (K, the settings in `reads`) -> its tableau; None: it is not linear.
-        order: of convergence to the flow at t = 1 as K grows; None: it does not aim there.
+        order: of convergence to the flow at t = T as K grows; None: it does not aim there.
         passes_per_loop: evaluations of g for each of the K loops.
         reads: the fields of `LoopConfig` that are its own, with their defaults; a function: of K.
         even: whether K must be.
@@ -151,7 +151,12 @@ class Integrator:
 
 _HNW = "Hairer, Norsett, Wanner, Solving ODEs I, II.1"
 _TFL = "Training-Free Looped Transformers, arXiv 2605.23872"
-_ALPHA, _DAMPED = {"alpha": 0.5}, "x <- (1 - alpha) x + alpha g(x)"
+_ALPHA, _HORIZON = {"alpha": 0.5}, {"horizon": 1.0}
+
+
+def _runge_kutta(name: str, step: Tableau, order: int) -> Integrator:
+    update = f"{name} of size T/K"
+    return Integrator(update, _HNW, _classical(step), order, len(step.b), _HORIZON)
 
 
 def _means(loops: int) -> tuple[float, ...]:
@@ -160,14 +165,16 @@ def _means(loops: int) -> tuple[float, ...]:
 
 INTEGRATORS: dict[str, Integrator] = {
     "naive": Integrator("x <- g(x)", _TFL + ": the control, it degrades", _naive),
-    "euler": Integrator("x <- x + f(x) / K", _TFL, _classical(EULER), 1),
-    "anchored": Integrator("beta g(x0) + (1 - beta) euler", _TFL, _anchored, reads={"beta": 0.5}),
-    "midpoint": Integrator("Runge's midpoint step of size 1/K", _HNW, _classical(MIDPOINT), 2, 2),
-    "heun": Integrator("Heun's trapezoidal step of size 1/K", _HNW, _classical(HEUN), 2, 2),
-    "kutta3": Integrator("Kutta's third-order step of size 1/K", _HNW, _classical(KUTTA3), 3, 3),
-    "rk4": Integrator("the classical Runge-Kutta step of size 1/K", _HNW, _classical(RK4), 4, 4),
+    "euler": Integrator("x <- x + f(x) T/K", _TFL, _classical(EULER), 1, reads=_HORIZON),
+    "anchored": Integrator(
+        "beta g(x0) + (1 - beta) euler", _TFL, _anchored, reads={"beta": 0.5, **_HORIZON}
+    ),
+    "midpoint": _runge_kutta("Runge's midpoint step", MIDPOINT, 2),
+    "heun": _runge_kutta("Heun's trapezoidal step", HEUN, 2),
+    "kutta3": _runge_kutta("Kutta's third-order step", KUTTA3, 3),
+    "rk4": _runge_kutta("the classical Runge-Kutta step", RK4, 4),
     "residual_scaled": Integrator("x0 + (g^K(x0) - x0) / K", _TFL, _residual_scaled),
-    "ema": Integrator(_DAMPED, _TFL, _ema, reads=_ALPHA),
+    "ema": Integrator("x <- (1 - alpha) x + alpha g(x)", _TFL, _ema, reads=_ALPHA),
     "heavy_ball": Integrator(
         "x <- x + alpha f(x) + momentum (x - x_prev)",
         "Polyak 1964; " + _TFL,

@@ -76,7 +76,10 @@ class LoopConfig:
             of the depth as floats, `(0.4, 0.5)`.
         loops: K, the number of loops; 1 is the un-looped model.
         integrator: one of `INTEGRATORS`.
-        beta: weight of the natural pass in `anchored`, 0 to 1.
+        beta: weight of the natural pass in `anchored`; 0 to 1 is between the two results, and as
+            far as -1 or 2 beyond them.
+        horizon: T, above 0 up to 16: `euler`, `anchored` and the Runge-Kutta methods take K steps
+            of T / K; a natural pass is 1.
         scope: `block` iterates the whole window, `layer` each layer before the next one.
         routing: MoE only. `live`, or `frozen`: later passes re-use the natural pass's experts.
         norm: `free`, or `interpolated`: iterates follow the norm of the straight path from the
@@ -101,6 +104,7 @@ class LoopConfig:
     loops: int | None = None
     integrator: str | None = None
     beta: float | None = None
+    horizon: float = 1.0
     scope: str | None = None
     routing: str | None = None
     norm: str | None = None
@@ -130,7 +134,8 @@ class LoopConfig:
             if value is not None and not (_is_int(value) and value >= 1):
                 raise _wrong(name, value, "a whole number from 1 up")
         for name, low, high, allowed in (
-            ("beta", 0, 1, "a number from 0 to 1"),
+            ("beta", -1, 2, "a number from -1 to 2"),
+            ("horizon", math.nextafter(0, 1), 16, "a number above 0, at most 16"),
             ("momentum", 0, math.nextafter(1, 0), "a number from 0 to below 1"),
             ("damping", math.nextafter(0, 1), 1, "a number above 0, at most 1"),
         ):
@@ -151,6 +156,8 @@ class LoopConfig:
             raise _wrong("loops", self.loops, f"an even number with integrator {name!r}")
         if integrator.sets_norm and self.norm == "interpolated":
             raise _wrong("norm", self.norm, f"'free' with integrator {name!r}, which sets norms")
+        if self.horizon != 1 and "horizon" not in integrator.reads:
+            raise _wrong("horizon", self.horizon, f"1 with integrator {name!r}, which has none")
 
     def _check_window(self) -> None:
         if self.window is None:
@@ -210,8 +217,9 @@ class LoopConfig:
             raise _wrong("guard", self.guard, "a Guard, or None")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are set, ready for JSON."""
-        return _jsonable(asdict(self))
+        """The fields that are set, other than to their defaults, ready for JSON."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return _jsonable({n: v for n, v in asdict(self).items() if v != defaults[n]})
 
     @classmethod
     def from_dict(cls: type[Given], values: Mapping[str, Any]) -> Given:
@@ -250,6 +258,7 @@ class LoopConfig:
 
 # What goes without saying; of an integrator's own fields, nothing.
 _PLAIN = dict.fromkeys([*INTEGRATOR_FIELDS, "guard"]) | {
+    "horizon": 1,
     "scope": "block",
     "routing": "live",
     "norm": "free",

@@ -24,8 +24,11 @@ WRONG = [
     ("loops", 2.0),
     ("loops", True),
     ("integrator", "rk5"),
-    ("beta", 1.1),
-    ("beta", -0.1),
+    ("beta", 2.1),
+    ("beta", -1.1),
+    ("horizon", 0),
+    ("horizon", 17),
+    ("horizon", "long"),
     ("beta", float("nan")),
     ("beta", "half"),
     ("scope", "window"),
@@ -106,7 +109,17 @@ def test_lists_are_as_good_as_tuples_and_hashable_afterwards():
 
 def test_every_special_field_belongs_to_an_integrator_and_none_is_forgotten():
     assert all(INTEGRATOR_FIELDS.values())
-    assert {name for i in INTEGRATORS.values() for name in i.reads} == set(INTEGRATOR_FIELDS)
+    assert {name for i in INTEGRATORS.values() for name in i.reads} == {
+        "horizon",
+        *INTEGRATOR_FIELDS,
+    }
+
+
+def test_a_horizon_is_refused_where_the_integrator_has_none():
+    with pytest.raises(ValueError, match="horizon must be 1 with integrator 'naive'"):
+        LoopConfig(integrator="naive", horizon=2)
+    assert LoopConfig().to_dict() == {}
+    assert LoopConfig(horizon=2.0).to_dict() == {"horizon": 2.0}
 
 
 def test_it_prints_as_one_readable_line():

@@ -55,15 +55,15 @@ def smooth(x):
     ("integrator", "order"),
     [("euler", 1), ("midpoint", 2), ("heun", 2), ("kutta3", 3), ("rk4", 4)],
 )
-def test_order_of_convergence(integrator, order):
-    # x' = -x^2 flows to x / (1 + x). In float64, so that rounding does not hide order 4.
+@pytest.mark.parametrize("horizon", [0.5, 1, 2, 3])
+def test_order_of_convergence(integrator, order, horizon):
+    # x' = -x^2 flows to x / (1 + T x). In float64, so that rounding does not hide order 4.
     start = np.linspace(0.5, 2.0, 8).reshape(1, 1, 8)
-    errors = [
-        np.abs(
-            _in_float64(config(integrator, loops), lambda x: x - x * x, start) - start / (1 + start)
-        ).max()
-        for loops in (20, 40)
-    ]
+    expected = start / (1 + horizon * start)
+    errors = []
+    for loops in (20 * math.ceil(horizon), 40 * math.ceil(horizon)):
+        settings = config(integrator, loops, horizon=horizon)
+        errors.append(np.abs(_in_float64(settings, lambda x: x - x * x, start) - expected).max())
     assert INTEGRATORS[integrator].order == order
     # Between two finite step sizes the next order still shows a little.
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
@@ -118,6 +118,24 @@ def test_anchored_with_beta_1_is_the_natural_pass_and_costs_one(x0):
     assert is_natural(settings)
     assert passes(settings) == 1
     assert mx.array_equal(integrate(Map(smooth), x0, settings), Map(smooth)(x0))
+
+
+@pytest.mark.parametrize("horizon", [0.5, 2.0])
+@pytest.mark.parametrize("loops", [1, 3, 6])
+def test_a_horizon_by_its_definition(loops, horizon, x0):
+    x, natural = x0, x0 + smooth(x0)
+    for _ in range(loops):
+        x = x + horizon / loops * smooth(x)
+    assert relative_error(run(smooth, x0, "euler", loops, horizon=horizon), x) < 1e-5
+    for beta in (-0.5, 0.5, 1.5):
+        found = run(smooth, x0, "anchored", loops, beta=beta, horizon=horizon)
+        assert relative_error(found, beta * natural + (1 - beta) * x) < 1e-5
+
+
+def test_only_a_horizon_of_1_is_the_natural_pass_at_one_loop():
+    assert is_natural(config("euler", 1, horizon=1))
+    assert not is_natural(config("euler", 1, horizon=2))
+    assert passes(config("anchored", 6, horizon=2.0)) == 6
 
 
 def test_anchored_with_beta_0_is_euler(x0):

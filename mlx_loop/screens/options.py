@@ -162,7 +162,13 @@ SETTINGS: dict[str, Setting] = {
         "integrator", "how the loops make one step: " + ", ".join(CHOICES["integrator"]), "NAME"
     ),
     "beta": Setting(
-        float, "a number from 0 to 1", "B", "anchored: weight of the plain pass, 0 to 1"
+        float, "a number from -1 to 2", "B", "anchored: weight of the plain pass, mostly 0 to 1"
+    ),
+    "horizon": Setting(
+        float,
+        "a number above 0, at most 16",
+        "T",
+        "euler, anchored, Runge-Kutta: the time that the K steps take together; 1 is a plain pass",
     ),
     "scope": _choice("scope", "iterate the whole window, or each layer before the next"),
     "routing": _choice("routing", "choose experts in each pass, or as the plain pass chose them"),
