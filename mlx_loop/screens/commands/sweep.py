@@ -6,38 +6,71 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from ...errors import INTERRUPTED, UserError
-from ...measure.comparison import distinct
-from ...measure.plots import save
-from ...measure.sweep import (
-    QUESTIONS,
-    Results,
-    Summary,
-    Task,
-    Text,
-    best,
-    complete,
-    conclusion,
-    fingerprint,
-    read_task,
-    read_text,
-    summarise,
-    sweep,
-)
 from ...settings import LoopConfig
-from ..board import titles
-from ..options import axes_from, combinations, load_with_start
-from ..terminal import describe, err, interruptible, out
+from .. import options
+from ..fields import combinations
+from ..options import add, axes_from, load_with_start, positive
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ...measure.sweep import Summary, Task, Text
+
+SUMMARY = "try many loop settings on a task or a text"
+EXAMPLES = """examples:
+  mlx_loop sweep --task demo --limit 200 --plot sweep.png
+  mlx_loop sweep --task mine.jsonl --window 3:7,4:8,5:9 --loops 2,4,8 --integrator euler,anchored
+  mlx_loop sweep --text book.txt --loops 2,3,4 --best
+Ctrl-C stops after the results at hand are written; the same command goes on from there."""
 
 DEFAULT_AXES: dict[str, list[Any]] = {"loops": [2, 4], "integrator": ["euler", "anchored"]}
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_mutually_exclusive_group(required=True)
+    what = (
+        'questions, one JSON object a line with "messages" and "answer"; demo: those that ship '
+        "with mlx_loop"
+    )
+    add(data, "--task", what, str, "FILE")
+    add(data, "--text", "a text: loss and KL instead of answers", str, "FILE")
+    what = "where results are appended; what it holds is not done again"
+    add(parser, "--out", what, str, "FILE", "sweep.jsonl")
+    add(parser, "--limit", "N items, evenly spread; default: all", positive, "N")
+    add(parser, "--best", "print the LoopConfig to use")
+    options.add_plot(parser)
+    options.add_max_tokens(parser, None, " (default: 64)")
+    add(parser, "--batch-size", "questions answered at a time (default: 32)", positive, "N")
+    options.add_model_options(parser)
+    options.add_loop_options(parser, several=True)
+    options.add_template_options(parser)
+
+
 def run(args: argparse.Namespace) -> int:
+    if args.text is not None:
+        of_tasks = ("max_tokens", "batch_size", "system_prompt", "chat_template_config")
+        options.refuse(args, of_tasks, "with --text")
+    from ...measure.comparison import distinct
+    from ...measure.plots import save
+    from ...measure.sweep import (
+        QUESTIONS,
+        Results,
+        Task,
+        Text,
+        best,
+        complete,
+        conclusion,
+        fingerprint,
+        read_task,
+        read_text,
+        summarise,
+        sweep,
+    )
+    from ..terminal import err, interruptible, out, progress_bar
+
     axes = axes_from(args) or DEFAULT_AXES
     is_task = args.task is not None
     path = QUESTIONS if args.task == "demo" else Path(args.task or args.text).expanduser()
@@ -46,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         "model": args.model,
         "adapter": args.adapter_path,
         "data": fingerprint(path),
-        "max_tokens": args.max_tokens if is_task else None,
+        "max_tokens": (args.max_tokens or 64) if is_task else None,
         "template": args.chat_template_config if is_task else None,
         "measure": "task" if is_task else "text",
     }
@@ -60,12 +93,18 @@ def run(args: argparse.Namespace) -> int:
     if is_task:
         if not tokenizer.has_chat_template:
             raise UserError("--task needs a model with a chat template; --text works with any")
-        work = Task(items, args.max_tokens, args.chat_template_config, args.batch_size)
+        work = Task(
+            items,
+            args.max_tokens or 64,
+            args.chat_template_config,
+            args.system_prompt,
+            args.batch_size or 32,
+        )
     else:
         work = Text(read_text(path, tokenizer, args.limit))
     total = len(views) * len(work.items)
     done = sum(results.has(view.loop, item) for view in views for item in work.items)
-    with interruptible() as stop, _progress() as progress:
+    with interruptible() as stop, progress_bar("results,") as progress:
         bar = progress.add_task(f"{len(views)} settings", total=total, completed=done)
 
         def advance(count: int) -> bool:
@@ -98,19 +137,6 @@ def run(args: argparse.Namespace) -> int:
     return 0 if finished else INTERRUPTED
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("results,"),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
-
-
 def python(loop: LoopConfig | None) -> str:
     """The settings as an expression of Python; the un-looped model is one loop."""
     if loop is None:
@@ -124,13 +150,12 @@ def python(loop: LoopConfig | None) -> str:
 
 
 def _table(summaries: Sequence[Summary], work: Task | Text) -> Table:
-    is_task = isinstance(work, Task)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("setting", overflow="fold")
-    for name in ("cost", "right, %" if is_task else "loss", "against no looping", "p"):
-        table.add_column(name, justify="right")
-    if not is_task:
-        table.add_column("KL", justify="right")
+    from ..terminal import describe, plain_table
+
+    is_task = work.better > 0
+    names = ("right, %",) if is_task else ("loss",)
+    kl = () if is_task else ("KL",)
+    table = plain_table("setting", "cost", *names, "against no looping", "p", *kl)
     for summary in summaries:
         cells = [
             describe(summary.loop) if summary.loop else "no loop",
@@ -159,7 +184,7 @@ def _interval(mean: float, interval: tuple[float, float], is_task: bool, sign: s
 
 def draw(pyplot: Any, summaries: Sequence[Summary], work: Task | Text, name: str) -> Any:
     """Windows x loops as a heat map, and the change over loops with its interval as lines."""
-    is_task = isinstance(work, Task)
+    is_task = work.better > 0
     unit = "points" if is_task else "nats per token"
     scale = 100 if is_task else 1
     groups = _groups(summaries[1:])
@@ -229,6 +254,8 @@ def draw(pyplot: Any, summaries: Sequence[Summary], work: Task | Text, name: str
 
 def _groups(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
     """By everything but window and loops: an integrator, or whatever else was swept."""
+    from ..board import titles
+
     rest = [replace(s.loop, window=None, loops=None) for s in summaries if s.loop]
     kinds = list(dict.fromkeys(rest))
     names = titles(kinds) if len(kinds) > 1 else [str(summaries[0].loop.integrator)]  # type: ignore[union-attr]
