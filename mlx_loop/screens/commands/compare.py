@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 
 from ...errors import INTERRUPTED, UserError
@@ -35,16 +34,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..compare_session import Asked, Compare
+    from ..terminal import err, is_interactive
+
     axes = options.axes_from(args)
     extra = [parse_config(text) for text in args.setting or []]
-    if args.json and args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
+    if args.json and args.prompt is None and is_interactive():
         raise UserError('--json needs a prompt: give --prompt "..." or pipe some in')
     prompt = None if args.prompt is None else read_prompt(args.prompt)
     if not axes and not extra:
         axes = {"loops": DEFAULT_LOOPS}
-    from ..compare_session import Asked, Compare
-    from ..terminal import err
-
     with err.status(f"loading {args.model}"):
         model, tokenizer, start = options.load_with_start(args)
         asked = Asked(
