@@ -16,7 +16,7 @@ from mlx_loop.checkpoints.loading import load
 from mlx_loop.measure.comparison import Answer, Measures
 from mlx_loop.screens.board import MARK, Board, marked
 from mlx_loop.screens.cli import main
-from mlx_loop.screens.commands.compare import read_prompts
+from mlx_loop.screens.compare_session import read_prompts
 
 PROGRAM = [sys.executable, "-m", "mlx_loop.screens.cli"]
 QUESTION = ["--prompt", "What is 12 + 30?", "--max-tokens", "6"]

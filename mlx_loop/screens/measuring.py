@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from ..errors import UserError
@@ -18,8 +18,9 @@ from ..measure.results import Results
 from ..measure.study import run
 from ..measure.tasks import Task
 from ..models.looped import Looped
-from .options import axes_from, combinations, load_with_start
-from .terminal import err, interruptible
+from .fields import combinations
+from .options import axes_from, load_with_start
+from .terminal import err, interruptible, plain_table, progress_bar
 
 # Measures a task under views, as far as the results lack it; says whether it came to the end.
 Measure = Callable[..., bool]
@@ -45,11 +46,7 @@ def load_views(
 @contextmanager
 def measuring() -> Iterator[tuple[Progress, Measure]]:
     """A bar on the screen, and `study.run` that moves it and stops at Ctrl-C."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    bars = Progress(
-        *columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal
-    )
-    with interruptible() as stop, bars:
+    with interruptible() as stop, progress_bar() as bars:
 
         def measure(
             title: str,
@@ -73,9 +70,7 @@ def measuring() -> Iterator[tuple[Progress, Measure]]:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Numbers at the right, words at the left."""
-    made = Table(box=None, pad_edge=False)
-    for name in header:
-        made.add_column(name, justify="left" if name in ("setting", "verdict") else "right")
+    made = plain_table(*header, left=("verdict",))
     for row in rows:
         made.add_row(*row)
     return made

@@ -13,8 +13,6 @@ from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from ..errors import UserError
-
 HISTORY = Path.home() / ".cache" / "mlx_loop"
 
 
@@ -50,17 +48,6 @@ def piped_lines() -> Iterator[str]:
     for line in sys.stdin:
         if line.strip():
             yield line.strip()
-
-
-def needed(argument: str, example: str) -> str:
-    """The argument of a command, unless it is missing.
-
-    Raises:
-        UserError: it is; the message shows the example.
-    """
-    if not argument:
-        raise UserError(f"something is missing: {example}")
-    return argument
 
 
 def _keys() -> KeyBindings:

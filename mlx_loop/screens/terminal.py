@@ -5,13 +5,22 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm.generate import GenerationResponse
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 
 from ..generation.conversation import Interrupted
 from ..method.loop import layer_passes
@@ -30,6 +39,20 @@ def _console(stderr: bool = False) -> Console:
 
 
 out, err = _console(), _console(stderr=True)
+
+
+def is_interactive() -> bool:
+    """Whether a person sits in front of both standard input and output."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def plain_table(*columns: str, left: tuple[str, ...] = ()) -> Table:
+    """A table without lines; columns are of numbers, at the right, but the first and `left`."""
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        is_left = name in (columns[0], *left)
+        table.add_column(name, justify="left" if is_left else "right", overflow="fold")
+    return table
 
 
 @contextmanager
@@ -52,6 +75,25 @@ def interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
+def progress_bar(unit: str = "", count: ProgressColumn | None = None) -> Progress:
+    """A bar that leaves nothing behind, and is not drawn where nobody sees it.
+
+    Args:
+        unit: what is counted.
+        count: how it is counted, else `3/10`.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        count or MofNCompleteColumn(),
+        *([TextColumn(unit)] if unit else []),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
+
+
 @contextmanager
 def prompt_progress(step: int, stop: threading.Event) -> Iterator[Callable[[int, int], None]]:
     """mlx-lm's progress callback: a bar for prompts of several chunks, and the place to stop.
@@ -59,16 +101,7 @@ def prompt_progress(step: int, stop: threading.Event) -> Iterator[Callable[[int,
     Args:
         step: tokens in a chunk.
     """
-    bar = Progress(
-        TextColumn("prompt"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tokens,"),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
+    bar = progress_bar("tokens,")
     task = bar.add_task("prompt", total=None)
 
     def show(done: int, total: int) -> None:
@@ -86,6 +119,51 @@ def prompt_progress(step: int, stop: threading.Event) -> Iterator[Callable[[int,
         bar.stop()
 
 
+@dataclass
+class Streamed:
+    """An answer that has been shown as it came.
+
+    Args:
+        last: the last response, if there was one.
+        drafted: tokens that came from drafts.
+    """
+
+    text: str = ""
+    last: GenerationResponse | None = None
+    drafted: int = 0
+    stopped: bool = False
+
+
+def stream(
+    start: Callable[[Callable[[int, int], None]], Generator[GenerationResponse, None, None]],
+    step: int,
+    show: Callable[[str], None],
+) -> Streamed:
+    """Run an answer to its end, or until Ctrl-C.
+
+    Args:
+        start: makes the stream of responses, given mlx-lm's progress callback.
+        step: prompt tokens processed at a time.
+        show: called with each piece of text.
+    """
+    answer = Streamed()
+    with interruptible() as stop, prompt_progress(step, stop) as progress:
+        responses = start(progress)
+        try:
+            for response in responses:
+                answer.last = response
+                answer.text += response.text
+                answer.drafted += response.from_draft
+                show(response.text)
+                out.file.flush()
+                if stop.is_set():
+                    responses.close()
+        except Interrupted:
+            pass
+        answer.stopped = stop.is_set()
+    return answer
+
+
 def describe(loop: LoopConfig | None) -> str:
     """Loop settings in a few words."""
     return "off" if loop is None else str(loop)
@@ -100,28 +178,20 @@ def extra_cost(model: Looped) -> str:
     return f"+{extra:.0%} layer passes{where}"
 
 
-def numbers(response: GenerationResponse, model: Looped, drafted: int = 0) -> str:
-    """The line under an answer.
-
-    Args:
-        response: the last one.
-        drafted: tokens of the answer that came from drafts.
-    """
+def numbers(answer: Streamed, model: Looped) -> str:
+    """The line under an answer that has at least one token."""
+    last = answer.last
+    assert last is not None
     parts = [
-        f"{response.generation_tokens} tokens",
-        f"{response.generation_tps:.1f} tokens/s",
-        f"prompt {response.prompt_tokens} tokens, {response.prompt_tps:.0f}/s",
+        f"{last.generation_tokens} tokens",
+        f"{last.generation_tps:.1f} tokens/s",
+        f"prompt {last.prompt_tokens} tokens, {last.prompt_tps:.0f}/s",
         "no loop" if model.is_unlooped else describe(model.loop),
     ]
     if not model.is_unlooped:
         parts.append(extra_cost(model))
     if model.loop is not None and model.loop.guard is not None:
         parts.append("guard fired {} of {} times".format(*model.take_firings()))
-    if drafted:
-        parts.append(f"{drafted / response.generation_tokens:.0%} of tokens drafted")
-    return " · ".join([*parts, f"peak {response.peak_memory:.2f} GB"])
-
-
-def is_interactive() -> bool:
-    """Whether a person sits in front of both standard input and output."""
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    if answer.drafted:
+        parts.append(f"{answer.drafted / last.generation_tokens:.0%} of tokens drafted")
+    return " · ".join([*parts, f"peak {last.peak_memory:.2f} GB"])

@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import argparse
 
-import mlx.core as mx
-from mlx_lm.generate import generate_step
-
 from ...errors import INTERRUPTED
-from ...generation.conversation import Interrupted
-from ...generation.generate import make_prompt_cache
-from ...generation.prompt import check_prompt, opening
-from ...generation.prompt_cache import save_prompt_cache
-from ..options import load_from, prefill_step_from
-from ..terminal import err, interruptible, prompt_progress
-from .generate import read_prompt
+from .. import options
+from ..options import kv_from, load_from, prefill_step_from, read_prompt
+
+SUMMARY = "process a long prompt once and keep its cache in a file"
+EXAMPLES = """example:
+  mlx_loop cache_prompt --prompt - --prompt-cache-file book.safetensors < book.txt
+  mlx_loop generate --prompt-cache-file book.safetensors --prompt "Who is the narrator?" """
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    options.add(parser, "--prompt -p", options.THE_PROMPT, str, "TEXT")
+    options.add(parser, "--prompt-cache-file", "the file to write", str, "FILE", required=True)
+    options.add_model_options(parser)
+    options.add_loop_options(parser)
+    options.add_cache_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+
+    from ...generation.conversation import Interrupted
+    from ...generation.generate import make_prompt_cache
+    from ...generation.prompt import check_prompt, opening
+    from ...generation.prompt_cache import save_prompt_cache
+    from ..terminal import err, interruptible, prompt_progress
+
     prompt = read_prompt(args.prompt)
     with err.status(f"loading {args.model}"):
         model, tokenizer = load_from(args)
     tokens = opening(tokenizer, prompt)
     cache = make_prompt_cache(model, args.max_kv_size)
-    check_prompt(model, tokens, cache, args.max_kv_size, args.kv_bits, args.kv_group_size)
+    kv = kv_from(args)
+    check_prompt(model, tokens, cache, args.max_kv_size, kv["kv_bits"], kv["kv_group_size"])
     step = prefill_step_from(args)
     with interruptible() as stop, prompt_progress(step, stop) as progress:
         steps = generate_step(
@@ -32,10 +47,8 @@ def run(args: argparse.Namespace) -> int:
             max_tokens=0,
             prompt_cache=cache,
             prefill_step_size=step,
-            kv_bits=args.kv_bits,
-            kv_group_size=args.kv_group_size,
-            quantized_kv_start=args.quantized_kv_start,
             prompt_progress_callback=progress,
+            **kv,
         )
         try:
             for _ in steps:

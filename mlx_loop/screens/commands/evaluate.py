@@ -4,24 +4,85 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...checkpoints.loading import find
 from ...errors import INTERRUPTED, UserError
-from ...generation.prefill import prefill_step
-from ...measure.drift import Drift, traced
-from ...measure.outcome import HEADER, conclusion, outcomes, rows
-from ...measure.report import write
-from ...measure.results import Results, fingerprint
-from ...measure.study import DRIFT, RESULTS, SECONDS, Study, examples
-from ...measure.tasks import FROM_FILES, Task, named, split_name
-from ...measure.tasks.harness import Harness
-from ...measure.tasks.ruler import TASKS, Sources
-from ..measuring import load_views, measuring, table
-from ..terminal import err, out
+from .. import options
+from ..options import add, fraction, from_zero, positive, refuse
 
+if TYPE_CHECKING:
+    from ...measure.tasks import Task
+
+SUMMARY = "long-context and other tasks under many loop settings, with honest statistics"
+EXAMPLES = """examples:
+  mlx_loop evaluate --tasks ruler --lengths 4096,16384 --loops 1,2,3,4,6,8,12
+  mlx_loop evaluate --tasks lm_eval:arc_challenge,lm_eval:gsm8k --loops 2,3 --holdout 0.5
+  mlx_loop evaluate --tasks niah_single_1 --lengths 384 --limit 20 --loops 2,4 --no-answer-prefix
+Every setting gets the same problems and is compared with the un-looped model problem by problem.
+DIR/report.html shows the result. Ctrl-C stops after the batch at hand; the same command goes on.
+docs/evaluation.md explains tasks, statistics and files."""
+
+DEFAULT_TASKS = "niah_single_2,niah_multikey_1,niah_multivalue,niah_multiquery,vt,cwe,fwe"
 DEFAULT_AXES: dict[str, list[Any]] = {"loops": [2, 3, 4, 6, 8, 12]}
 LM_EVAL = "lm_eval:"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("problems")
+    what = (
+        "RULER's tasks with commas between: niah_single_1 to _3, niah_multikey_1 to _3, "
+        "niah_multivalue, niah_multiquery, vt, cwe, fwe, qa; ruler: all but qa; lm_eval:NAME: a "
+        "task of lm-evaluation-harness"
+    )
+    add(group, "--tasks", what, str, "NAMES", DEFAULT_TASKS)
+    what = "RULER: context lengths in tokens, prompt and answer together (default: 4096)"
+    add(group, "--lengths", what, _lengths, "N,N,...")
+    what = "problems of each task and length; RULER's paper has 500"
+    add(group, "--limit", what, positive, "N", 100)
+    add(group, "--seed", "RULER: of the problems (default: 42)", from_zero, "N")
+    add(group, "--filler", "a text to hide needles in, else our own", str, "FILE")
+    what = 'for qa: lines of {"question": TEXT, "answers": [...], "documents": [...]}'
+    add(group, "--documents", what, str, "FILE")
+    what = "do not give the model the beginning of its answer, as RULER does"
+    add(group, "--no-answer-prefix", what)
+    what = "a folder with lm-evaluation-harness tasks of yours"
+    add(group, "--include-path", what, str, "DIR")
+    group = parser.add_argument_group("results")
+    what = "the folder of the study; what it holds is not done again"
+    add(group, "--out", what, str, "DIR", "evaluation")
+    what = "choose the best setting on a share 1 - P of the problems and report it on the rest"
+    add(group, "--holdout", what, fraction, "P")
+    what = "RULER: problems of each length on which drift is measured (default: 2)"
+    add(group, "--trace", what, from_zero, "N")
+    add(group, "--reference", "show the paper's numbers beside yours")
+    options.add_model_options(parser)
+    widths = ("float32", "float16", "bfloat16")
+    add(parser, "--dtype", "of the weights, else as stored", str, choices=widths)
+    options.add_loop_options(parser, several=True)
+    group = parser.add_argument_group("generation")
+    add(group, "--batch-size", "prompts that are answered at a time", positive, "N", 8)
+    options.add_prefill_option(group)
+    options.add_template_options(group)
+
+
+def _lengths(text: str) -> list[int]:
+    return [positive(length) for length in text.split(",")]
+
+
+def _refuse_idle(
+    args: argparse.Namespace, ours: list[str], theirs: list[str], files: list[str]
+) -> None:
+    """Refuse options of RULER's tasks without any, and of the harness's without any."""
+    if theirs:
+        refuse(args, ("system_prompt",), "in lm_eval: tasks, which have their own prompts")
+    else:
+        refuse(args, ("include_path",), "without an lm_eval: task")
+    if not ours:
+        names = ["filler", "documents", "no_answer_prefix", "seed", "trace"]
+        names += [] if files else ["prefill_step_size"]
+        if args.include_path is None and not any(t.startswith(("ruler", "niah")) for t in theirs):
+            names.append("lengths")  # The harness's own RULER reads them too.
+        refuse(args, tuple(names), "without one of RULER's tasks")
 
 
 def parse_tasks(text: str) -> tuple[list[str], list[str], list[str]]:
@@ -30,6 +91,9 @@ def parse_tasks(text: str) -> tuple[list[str], list[str], list[str]]:
     Raises:
         UserError: a name that none of them is.
     """
+    from ...measure.tasks import FROM_FILES, split_name
+    from ...measure.tasks.ruler import TASKS
+
     ours: list[str] = []
     theirs: list[str] = []
     files: list[str] = []
@@ -54,21 +118,35 @@ def parse_tasks(text: str) -> tuple[list[str], list[str], list[str]]:
 
 def run(args: argparse.Namespace) -> int:
     ours, theirs, names = parse_tasks(args.tasks)
+    _refuse_idle(args, ours, theirs, names)
+    from ...checkpoints.loading import find
+    from ...measure.drift import Drift, traced
+    from ...measure.outcome import HEADER, conclusion, outcomes, rows
+    from ...measure.report import write
+    from ...measure.results import Results, fingerprint
+    from ...measure.study import DRIFT, RESULTS, SECONDS, Study, examples
+    from ...measure.tasks import FROM_FILES, named, split_name
+    from ...measure.tasks.harness import Harness
+    from ...measure.tasks.ruler import SEED, Sources
+    from ..measuring import load_views, measuring, table
+    from ..terminal import err, out
+
+    lengths = args.lengths or [4096]
     files = {name: Path(split_name(name)[1]).expanduser() for name in names}
     study = Study(
         model=args.model,
         tasks=ours,
-        lengths=args.lengths if ours else [],
+        lengths=lengths if ours else [],
         limit=args.limit,
         sources=Sources(_path(args.filler), _path(args.documents)),
-        seed=args.seed,
+        seed=SEED if args.seed is None else args.seed,
         adapter_path=args.adapter_path,
         dtype=args.dtype,
         answer_prefix=not args.no_answer_prefix,
         system_prompt=args.system_prompt,
         template=args.chat_template_config,
         batch_size=args.batch_size,
-        prefill_step_size=args.prefill_step_size or prefill_step(None),
+        prefill_step_size=options.prefill_step_from(args),
         files={name: fingerprint(path) for name, path in files.items()},
     )
     folder = Path(args.out).expanduser()
@@ -85,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
                 _path(args.include_path),
                 args.limit,
                 args.batch_size,
-                args.lengths,
+                lengths,
                 str(find(args.model)),
                 args.chat_template_config,
             )
@@ -100,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
             measure(title, views, tokenizer, task, results, folder / SECONDS)
             for task in (problems, *others)
         )
-        chosen = problems.of(traced(problems.problems, args.trace))
+        chosen = problems.of(traced(problems.problems, 2 if args.trace is None else args.trace))
         if finished and chosen.problems:
             drift = Results.open(folder / DRIFT, study.header())
             finished = measure("tracing", views[1:], tokenizer, Drift(chosen), drift)

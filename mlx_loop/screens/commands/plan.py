@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
-from rich.table import Table
+from ..options import add, add_loop_options, apply_loop, positive
 
-from ...checkpoints.hub import hollow
-from ...checkpoints.loading import DEMOS, find, open_checkpoint
-from ...checkpoints.macs import BANDWIDTH, SIZES
-from ...checkpoints.memory import GIB, Footprint, usable
-from ...checkpoints.quantise import Quantization, choose, is_quantised
-from ...errors import UserError
-from ...generation.prefill import prefill_step
-from ...generation.prompt import reads_quantised_cache
-from ...models.looped import Looped
-from ...settings import CHOICES, LoopConfig
-from ..options import apply_loop
-from ..terminal import describe, err, out
+SUMMARY = "say what a model needs of memory, and which Mac has it"
+EXAMPLES = """examples:
+  mlx_loop plan Qwen/Qwen3-4B-Instruct-2507 --ram 8
+  mlx_loop plan Qwen/Qwen3-30B-A3B --ram 24 --loops 6 --cache own"""
 
-# What the tables compare, by name.
-RECIPES = {
-    "8 bits": Quantization(8),
-    "6 bits": Quantization(6),
-    "4 bits, window 8": Quantization(4, recipe="window8"),
-    "4 bits": Quantization(4),
-    "mxfp4": Quantization(mode="mxfp4"),
-    "3 bits": Quantization(3),
-}
-KV_BITS = (None, 8, 4)
-ROOM = 4096  # tokens of context that advice asks for.
-CONTEXT = 1000  # tokens before the one whose time is told.
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    what = (
+        "a folder, a Hugging Face repository (its weights are not downloaded), or a checkpoint "
+        "that ships with mlx_loop"
+    )
+    add(parser, "model", what, str, "MODEL", "demo", nargs="?")
+    add(parser, "--ram", "memory of the Mac in question", positive, "GB", 16)
+    add_loop_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from ...checkpoints.hub import hollow
+    from ...checkpoints.loading import DEMOS, find, open_checkpoint
+    from ..plan_tables import show
+    from ..terminal import err
+
     with ExitStack() as stack:
         with err.status(f"reading what {args.model} says of itself"):
             local = args.model in DEMOS or Path(args.model).expanduser().exists()
@@ -44,139 +37,5 @@ def run(args: argparse.Namespace) -> int:
             path = stack.enter_context(hollow(args.model)) if is_repo else find(args.model)
             model = open_checkpoint(path)
             apply_loop(args, model)
-        footprints = _footprints(model)
-        _print_weights(args, model, footprints)
-        _print_cache(model)
-        _print_macs(footprints)
-        _print_speed(model, footprints)
-        _print_advice(args, footprints)
+        show(args.model, model, args.ram)
     return 0
-
-
-def _footprints(model: Looped) -> dict[str, Footprint]:
-    """Largest first; a quantised checkpoint only as it is."""
-    found = {"as stored": Footprint(model, fused=True)}
-    if not is_quantised(model):
-        for name, quantization in RECIPES.items():
-            if quantization.recipe == "window8" and model.loop is None:
-                continue
-            try:
-                found[name] = Footprint(model, choose(model, quantization), fused=True)
-            except UserError:  # Rows that are no whole number of groups.
-                continue
-    return found
-
-
-def _print_weights(
-    args: argparse.Namespace, model: Looped, footprints: dict[str, Footprint]
-) -> None:
-    out.print(
-        f"{args.model}: {model.model_type}, {len(model.layers)} layers, {describe(model.loop)}\n"
-    )
-    limit = usable(args.ram * GIB)
-    table = _table("weights", "bits each", "size", f"context on {args.ram} GB", "with kv 4 bits")
-    for name, footprint in footprints.items():
-        kv4 = _tokens(footprint.longest(limit, 4)) if reads_quantised_cache(model) else "-"
-        table.add_row(
-            name,
-            f"{footprint.bits_per_weight:.2f}",
-            _size(footprint.weights),
-            _tokens(footprint.longest(limit)),
-            kv4,
-        )
-    out.print(table)
-    out.print()
-
-
-def _print_cache(model: Looped) -> None:
-    table = _table("cache, MB per 1000 tokens", *(f"kv {b or 16} bits" for b in KV_BITS))
-    loop = model.loop
-    for policy in CHOICES["cache"] if loop else ("no loop",):
-        view = model if loop is None else _with_cache(model, loop, policy)
-        footprint = Footprint(view, fused=True)
-        row = [
-            f"{footprint.cache(256_000, bits) / 256 / 1e6:.1f}"
-            if bits is None or reads_quantised_cache(model)
-            else "-"
-            for bits in KV_BITS
-        ]
-        table.add_row(policy, *row)
-    out.print(table)
-    footprint = Footprint(model, fused=True)
-    for bits in (None, 4) if reads_quantised_cache(model) else (None,):
-        step = prefill_step(bits)
-        out.print(
-            f"a prompt, {step} tokens at a time{'' if bits is None else ', kv 4 bits'}, at 8192 "
-            f"tokens: {footprint.activations(step, 8192, bits) / 1e6:.0f} MB, of that "
-            f"{footprint.loop_extra(step) / 1e6:.0f} MB for the loop"
-        )
-    out.print()
-
-
-def _with_cache(model: Looped, loop: LoopConfig, policy: str) -> Looped:
-    return model.with_loop(replace(loop, cache=policy))
-
-
-def _print_macs(footprints: dict[str, Footprint]) -> None:
-    out.print("longest context, in tokens, on a Mac:")
-    table = _table("memory", "usable", *footprints)
-    for size in SIZES:
-        limit = usable(size * GIB)
-        contexts = [_tokens(f.longest(limit)) for f in footprints.values()]
-        table.add_row(f"{size} GB", _size(limit), *contexts)
-    out.print(table)
-    out.print()
-
-
-def _print_speed(model: Looped, footprints: dict[str, Footprint]) -> None:
-    chosen = {n: f for n, f in footprints.items() if n in ("as stored", "8 bits", "4 bits")}
-    out.print("generated tokens/s at most, un-looped / looped:")
-    table = _table("chip", *chosen)
-    plain = {n: Footprint(model.with_loop(None), f.chosen, fused=True) for n, f in chosen.items()}
-    for chip, bandwidth in BANDWIDTH.items():
-        speeds = [
-            f"{bandwidth * 1e9 / plain[n].read_per_token(CONTEXT):.0f} / "
-            f"{bandwidth * 1e9 / f.read_per_token(CONTEXT):.0f}"
-            for n, f in chosen.items()
-        ]
-        table.add_row(f"{chip} ({bandwidth} GB/s)", *speeds)
-    out.print(table)
-    out.print()
-
-
-def _print_advice(args: argparse.Namespace, footprints: dict[str, Footprint]) -> None:
-    limit = usable(args.ram * GIB)
-    most = footprints["as stored"].longest(1 << 60)
-    room = min(ROOM, most)
-    fits = [name for name, f in footprints.items() if f.longest(limit) >= room]
-    which = f"{fits[0]} is the most that leaves" if fits else "nothing here leaves"
-    out.print(f"On {args.ram} GB {which} room for {room} tokens.")
-    more = args.ram * 1024 * 7 // 8
-    out.print(
-        "macOS lets the GPU use about two thirds of 32 GB and less, three quarters of more. To "
-        f"raise that until the next start: sudo sysctl iogpu.wired_limit_mb={more} "
-        "(what is left is the system's). mlx_loop never changes it."
-    )
-    out.print(
-        "Weights and caches are exact. Activations are a formula tested on the CPU backend only; "
-        "speeds are what the memory's bandwidth allows, computing nothing else.",
-        style="dim",
-    )
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(columns[0])
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _size(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
-
-
-def _tokens(count: int) -> str:
-    if count == 0:
-        return "-"
-    return f"{count // 1000} k" if count >= 10_000 else str(count)

@@ -9,32 +9,65 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import INTERRUPTED
-from ...measure.outcome import HEADER, best, conclusion, outcomes, rows
-from ...measure.plots import draw_windows, save
-from ...measure.results import Results, fingerprint
-from ...measure.study import complete, gather
-from ...measure.tasks import FROM_FILES, split_name
-from ...measure.tasks.questions import QUESTIONS
 from ...settings import LoopConfig
-from ..measuring import load_views, measuring, table
-from ..terminal import err, out
+from .. import options
+from ..options import add, positive
+
+SUMMARY = "try many loop settings on a task or a text"
+EXAMPLES = """examples:
+  mlx_loop sweep --task demo --limit 200 --plot sweep.png
+  mlx_loop sweep --task mine.jsonl --window 3:7,4:8,5:9 --loops 2,4,8 --integrator euler,anchored
+  mlx_loop sweep --text book.txt --loops 2,3,4 --best
+Ctrl-C stops after the results at hand are written; the same command goes on from there."""
 
 DEFAULT_AXES: dict[str, list[Any]] = {"loops": [2, 4], "integrator": ["euler", "anchored"]}
 # What a score is called on the screen.
 TITLES = {"right": "right, %"}
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_mutually_exclusive_group(required=True)
+    what = (
+        'questions, one JSON object a line with "messages" and "answer"; demo: those that ship '
+        "with mlx_loop"
+    )
+    add(data, "--task", what, str, "FILE")
+    add(data, "--text", "a text: loss and KL instead of answers", str, "FILE")
+    what = "where results are appended; what it holds is not done again"
+    add(parser, "--out", what, str, "FILE", "sweep.jsonl")
+    add(parser, "--limit", "N items, evenly spread; default: all", positive, "N")
+    add(parser, "--best", "print the LoopConfig to use")
+    options.add_plot(parser)
+    options.add_max_tokens(parser, None, " (default: 64)")
+    add(parser, "--batch-size", "questions answered at a time (default: 32)", positive, "N")
+    options.add_model_options(parser)
+    options.add_loop_options(parser, several=True)
+    options.add_template_options(parser)
+
+
 def run(args: argparse.Namespace) -> int:
+    from ...measure.outcome import HEADER, best, conclusion, outcomes, rows
+    from ...measure.plots import draw_windows, save
+    from ...measure.results import Results, fingerprint
+    from ...measure.study import complete, gather
+    from ...measure.tasks import FROM_FILES, split_name
+    from ...measure.tasks.questions import QUESTIONS
+    from ..measuring import load_views, measuring, table
+    from ..terminal import err, out
+
+    if args.text is not None:
+        of_tasks = ("max_tokens", "batch_size", "system_prompt", "chat_template_config")
+        options.refuse(args, of_tasks, "with --text")
     kind, file = split_name(args.task) if args.task else ("text", args.text)
     path = QUESTIONS if args.task == "demo" else Path(file).expanduser()
     asked = {
-        "max_tokens": args.max_tokens,
+        "max_tokens": args.max_tokens or 64,
         "template": args.chat_template_config,
         "system": args.system_prompt,
     }
     data = fingerprint(path)
     views, tokenizer = load_views(args, DEFAULT_AXES)
-    task = FROM_FILES[kind].read(path, tokenizer, args.limit, **asked, batch=args.batch_size)
+    task = FROM_FILES[kind].read(path, tokenizer, args.limit, **asked, batch=args.batch_size or 32)
     header = {
         "model": args.model,
         "adapter": args.adapter_path,

@@ -9,22 +9,43 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from rich.table import Table
-from rich.text import Text
+from .. import options
+from ..options import load_from, read_prompt, render_prompt
 
-from ...measure.plots import save
-from ...measure.trace import Loop, State, Trace, mean, trace
-from ..options import load_from
-from ..terminal import describe, err, out
-from .generate import read_prompt, render_prompt
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from rich.table import Table
+
+    from ...measure.trace import Loop, State, Trace
+
+SUMMARY = "look inside a loop: does it converge, drift or diverge?"
+EXAMPLES = """examples:
+  mlx_loop trace --prompt "What is 12 + 30?"
+  mlx_loop trace --prompt "What is 12 + 30?" --integrator naive --loops 8 --plot trace.png
+  mlx_loop trace --prompt - --tokens < question.txt
+docs/trace.md says what each number means."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    options.add_prompt_options(parser)
+    options.add(parser, "--tokens", "show a line for each token too")
+    options.add(parser, "--json", "print all numbers as JSON")
+    options.add_plot(parser)
+    options.add_template_options(parser)
+    options.add_model_options(parser)
+    options.add_loop_options(parser)
+
 
 COLOURS = {"converging": "green", "drifting": "yellow", "diverging": "red"}
 
 
 def run(args: argparse.Namespace) -> int:
+    from ...measure.plots import save
+    from ...measure.trace import trace
+    from ..terminal import err
+
     prompt = read_prompt(args.prompt)
     with err.status(f"loading {args.model}"):
         model, tokenizer = load_from(args)
@@ -73,6 +94,8 @@ def _jsonable(value: Any) -> Any:
 
 def show(traced: Trace, tokenizer: TokenizerWrapper, tokens: bool) -> None:
     """The means over tokens for each pass, the verdict, and if wanted a line for each token."""
+    from ..terminal import describe, out
+
     out.print(f"loop {describe(traced.loop)}, {len(traced.tokens)} tokens", style="dim")
     for loop in traced.loops:
         out.print(_passes(loop))
@@ -95,6 +118,10 @@ def _where(loop: Loop) -> str:
 
 
 def _passes(loop: Loop) -> Table:
+    from rich.table import Table
+
+    from ...measure.trace import mean
+
     experts = loop.passes[0].experts_changed is not None
     table = Table(title=f"{_where(loop)}, means over tokens", title_justify="left", box=None)
     for name in ("pass", "residual", "contraction", "norm", "cosine", "lens KL"):
@@ -112,6 +139,9 @@ def _passes(loop: Loop) -> Table:
 
 
 def _tokens(traced: Trace, tokenizer: TokenizerWrapper) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     last = traced.loops[-1]
     table = Table(title="tokens, as they leave the window", title_justify="left", box=None)
     table.add_column("token", overflow="fold", max_width=24)
@@ -129,6 +159,8 @@ def _tokens(traced: Trace, tokenizer: TokenizerWrapper) -> Table:
 
 
 def _state(state: State) -> list[str]:
+    from ...measure.trace import mean
+
     return [_number(mean(values)) for values in (state.norm, state.cosine, state.lens_kl)]
 
 

@@ -5,16 +5,29 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-
-from ...checkpoints.card import upload
-from ...checkpoints.loading import read_config
-from ...checkpoints.whole import check
 from ...errors import UserError
-from ..terminal import out
+from ..options import add
+
+SUMMARY = "share a saved or quantised model on the Hugging Face hub"
+EXAMPLES = """example:
+  hf auth login
+  mlx_loop upload --path qwen3-4b-4bit --upload-repo you/Qwen3-4B-Instruct-2507-looped-4bit"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add(parser, "--path", "a folder that mlx_loop has written", str, "DIR", required=True)
+    what = "the repository, such as you/qwen3-4b"
+    add(parser, "--upload-repo", what, str, "NAME", required=True)
 
 
 def run(args: argparse.Namespace) -> int:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    from ...checkpoints.card import upload
+    from ...checkpoints.loading import read_config
+    from ...checkpoints.whole import check
+    from ..terminal import out
+
     folder = Path(args.path)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give one that mlx_loop has written")

@@ -1,0 +1,151 @@
+"""The screen of `mlx_loop chat`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from ..errors import UserError
+from ..files import whole_file
+from ..generation.conversation import Conversation
+from ..settings import LoopConfig
+from .fields import check_read, parse_setting
+from .options import parse_draft
+from .session import Row, Session, command, grid, needed
+from .terminal import describe, extra_cost, numbers, out, stream
+
+
+@dataclass
+class Chat(Session):
+    """A conversation, the settings of its answers, and what is printed about them.
+
+    Args:
+        title: of the model.
+        generation: arguments of `stream_generate`.
+    """
+
+    conversation: Conversation
+    title: str
+    generation: dict[str, Any]
+    _before_off: LoopConfig | None = None
+
+    name = "chat"
+
+    def about(self) -> list[Row]:
+        return [("model", f"[bold]{escape(self.title)}[/bold]"), *self._loop_rows()]
+
+    def answer(self, text: str) -> bool:
+        """Stream the answer to `text`, then one line of numbers."""
+        answer = stream(
+            lambda progress: self.conversation.reply(text, progress, **self.generation),
+            self.generation["prefill_step_size"],
+            lambda piece: out.out(piece, end="", style="cyan", highlight=False),
+        )
+        out.print()
+        if answer.stopped:
+            out.print("stopped", style="yellow")
+        if answer.last is not None:
+            out.print(numbers(answer, self.conversation.model), style="dim")
+        return not answer.stopped
+
+    # --- Commands ---
+
+    @command("N | off | on", "how many loops; off: the plain model")
+    def loop(self, argument: str) -> None:
+        if argument == "off":
+            self._before_off = self.conversation.loop
+            self.conversation.loop = None
+        elif argument == "on":
+            self.conversation.loop = self._looped()
+        elif argument:
+            self._change("loops", argument)
+        self._show_loop()
+
+    @command("START:STOP", "the layers that loop, half open")
+    def window(self, argument: str) -> None:
+        self._change("window", needed(argument, "/window 15:19"))
+        self._show_loop()
+
+    @command("FIELD VALUE", "any loop setting: integrator, beta, cache, decode, ...")
+    def set(self, argument: str) -> None:
+        name, _, value = needed(argument, "/set beta 0.3").partition(" ")
+        self._change(name, needed(value.strip(), f"/set {name} VALUE"))
+        self._show_loop()
+
+    @command("self | lookup | off", "the same answers sooner: what drafts")
+    def draft(self, argument: str) -> None:
+        self.generation["draft"] = parse_draft(argument)
+        out.print(f"draft {argument}", style="dim")
+
+    @command("", "model, settings, what the cache holds")
+    def info(self, _: str) -> None:
+        model, talk = self.conversation.model, self.conversation
+        rows = [
+            ("model", f"{escape(self.title)} ({model.model_type}, {len(model.layers)} layers)"),
+            *self._loop_rows(),
+            ("system", escape(talk.system or "none")),
+            ("conversation", f"{len(talk.messages)} messages"),
+            ("cache", talk.cache_summary()),
+        ]
+        out.print(grid(rows))
+
+    @command("TEXT", "the system message; empty: none")
+    def system(self, argument: str) -> None:
+        self.conversation.system = argument or None
+        out.print("system message set" if argument else "no system message", style="dim")
+
+    @command("", "forget the conversation")
+    def reset(self, _: str) -> None:
+        self.conversation.reset()
+        out.print("a new conversation", style="dim")
+
+    @command("FILE", "write the conversation as JSON")
+    def save(self, argument: str) -> None:
+        path = Path(needed(argument, "/save talk.json")).expanduser()
+        loop = self.conversation.loop
+        messages = self.conversation.messages
+        data = {
+            "model": self.title,
+            "loop": None if loop is None else loop.to_dict(),
+            "system": self.conversation.system,
+            "messages": messages,
+        }
+        with whole_file(path) as file:
+            file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        out.print(f"{len(messages)} messages saved to {path}", style="dim", markup=False)
+
+    @command("FILE", "go on with a saved conversation")
+    def load(self, argument: str) -> None:
+        path = Path(needed(argument, "/load talk.json")).expanduser()
+        try:
+            data = json.loads(path.read_text())
+            messages = [{"role": m["role"], "content": m["content"]} for m in data["messages"]]
+            system, loop = data["system"], data["loop"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a conversation that /save wrote: {error}") from error
+        self.conversation.loop = None if loop is None else LoopConfig.from_dict(loop)
+        self.conversation.reset()
+        self.conversation.system, self.conversation.messages = system, messages
+        out.print(f"{len(messages)} messages loaded from {path}", style="dim", markup=False)
+        self._show_loop()
+
+    def _looped(self) -> LoopConfig:
+        return self.conversation.loop or self._before_off or LoopConfig()
+
+    def _change(self, name: str, text: str) -> None:
+        loop = replace(self._looped(), **{name: parse_setting(name, text)})
+        check_read([name], [loop])
+        self.conversation.loop = loop
+
+    def _loop_rows(self) -> list[Row]:
+        model = self.conversation.model
+        return [("loop", describe(model.loop)), ("cost", extra_cost(model))]
+
+    def _show_loop(self) -> None:
+        loop = self.conversation.loop
+        cost = f" · {extra_cost(self.conversation.model)}" if loop else ""
+        out.print(f"loop {describe(loop)}{cost}", style="dim")

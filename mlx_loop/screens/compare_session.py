@@ -1,0 +1,321 @@
+"""The screen of `mlx_loop compare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from rich.live import Live
+from rich.markup import escape
+
+from ..errors import UserError
+from ..files import whole_file
+from ..generation.conversation import Interrupted
+from ..generation.sampling import Sampler
+from ..measure.comparison import Answer, compare, distinct
+from ..measure.names import names
+from ..method.loop import layer_passes
+from ..models.looped import Looped
+from ..settings import LoopConfig
+from .board import Board, notes
+from .fields import SETTINGS, check_read, combinations, parse_config, parse_settings
+from .options import from_zero, parse_draft, positive, temperature
+from .session import Command, Row, Session, command, grid, needed
+from .terminal import extra_cost, interruptible, out, prompt_progress
+
+MOST_SETTINGS = 12
+SECONDS_BETWEEN_PICTURES = 0.1
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How answers are made: arguments of `measure.comparison.compare`."""
+
+    max_tokens: int
+    sampler: Sampler
+    seed: int | None
+    prefill_step_size: int
+    draft: Any
+    num_draft_tokens: int
+
+
+@dataclass
+class Compare(Session):
+    """The settings that are compared, and all answers so far.
+
+    Args:
+        title: of the model.
+        drafts: what drafts, in words.
+        render: the token ids of a prompt.
+        start: what a setting is where nothing is said.
+        axes: fields of `LoopConfig` and their values, all combined.
+        extra: more settings, by the fields in which they differ from `start`.
+        as_json: whether answers are printed as JSON.
+    """
+
+    title: str
+    model: Looped
+    tokenizer: TokenizerWrapper
+    render: Callable[[str], list[int]]
+    asked: Asked
+    drafts: str | None
+    start: LoopConfig
+    axes: dict[str, list[Any]]
+    extra: list[dict[str, Any]]
+    as_json: bool
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    _prompt: str | None = None
+
+    name = "compare"
+    hints = (
+        (
+            "[bold]/FIELD[/bold] A,B,...",
+            "values to compare, all combined: /" + ", /".join(SETTINGS),
+        ),
+        ("", "[dim]as /loops 1,3,6 or /window 3:7,4:8; empty: the preset[/dim]"),
+        ("", "[dim]a change answers the last prompt again[/dim]"),
+    )
+
+    def __post_init__(self) -> None:
+        self._first = self.axes, self.extra
+        self.views()
+
+    def commands(self) -> Mapping[str, Command]:
+        fields = {name: Command(partial(Compare.change, name=name)) for name in SETTINGS}
+        return {**super().commands(), **fields}
+
+    def about(self) -> list[Row]:
+        title = ("model", f"[bold]{escape(self.title)}[/bold]")
+        first, *rest = self._rows()
+        return [title, ("compared", *first), *(("", *row) for row in rest)]
+
+    def views(self) -> list[Looped]:
+        """What is compared, the un-looped model first.
+
+        Raises:
+            UserError: settings that fit neither each other nor the model, or too many.
+        """
+        loops = combinations(self.start, self.axes) if self.axes else []
+        for fields in self.extra:
+            loops.append(replace(self.start, **fields))
+            check_read(fields, loops[-1:])
+        views = distinct(self.model, loops)
+        if len(views) > MOST_SETTINGS:
+            raise UserError(f"that makes {len(views)} settings; {MOST_SETTINGS} are the most")
+        return views
+
+    def answer(self, text: str) -> bool:
+        """Show what all settings make of a prompt; False: it was stopped."""
+        self._prompt, asked, views = text, self.asked, self.views()
+        tokens = self.render(text)
+        if asked.seed is None and asked.sampler.temp:
+            asked = replace(asked, seed=random.randrange(2**31))
+        draws = out.is_terminal and not out.is_dumb_terminal and not self.as_json
+        answers: list[Answer] = []
+        live: Live | None = None
+        drawn = 0.0
+        with ExitStack() as stack:
+            stop = stack.enter_context(interruptible())
+            progress = stack.enter_context(prompt_progress(asked.prefill_step_size, stop))
+            stream = compare(views, self.tokenizer, tokens, progress=progress, **vars(asked))
+            try:
+                for answers in stream:
+                    if live is None and draws:
+                        # A screen of its own survives whatever happens to the terminal's size.
+                        live = stack.enter_context(
+                            Live(console=out, screen=True, auto_refresh=False)
+                        )
+                    if live and time.perf_counter() - drawn > SECONDS_BETWEEN_PICTURES:
+                        live.update(Board(answers), refresh=True)
+                        drawn = time.perf_counter()
+                    if stop.is_set():
+                        stream.close()
+            except Interrupted:
+                pass
+        report = {
+            "model": self.title,
+            "prompt": text,
+            "max_tokens": asked.max_tokens,
+            "temp": asked.sampler.temp,
+            "seed": asked.seed,
+            "draft": self.drafts,
+            "stopped": stop.is_set(),
+            "answers": [self._answer_report(answer, answers[0]) for answer in answers],
+        }
+        self.reports.append(report)
+        if self.as_json:
+            print(json.dumps(report, ensure_ascii=False))
+        elif out.is_terminal:
+            out.print(Board(answers) if answers else "")
+        else:
+            out.print(Board(answers).plain(), markup=False, soft_wrap=True)
+        if stop.is_set() and not self.as_json:
+            out.print("stopped", style="yellow")
+        return not stop.is_set()
+
+    def _answer_report(self, answer: Answer, base: Answer) -> dict[str, Any]:
+        passes, layers = layer_passes(answer.loop, len(self.model.layers)), len(self.model.layers)
+        return {
+            "loop": None if answer.loop is None else answer.loop.to_dict(),
+            "text": answer.text,
+            "finish_reason": answer.finish_reason or "interrupted",
+            "generation_tokens": len(answer.tokens),
+            "draft_tokens": answer.drafted,
+            "generation_tps": answer.tokens_per_second,
+            "layers": layers,
+            "layer_passes": passes,
+            "extra_time": answer.extra_time(base),
+            "departs_at_token": answer.departs,
+            **(asdict(answer.measures) if answer.measures else {}),
+            "guard": {"fired": answer.firings[0], "loops": answer.firings[1]}
+            if answer.loop is not None and answer.loop.guard is not None
+            else None,
+            "notes": notes(answer, base),
+        }
+
+    # --- Commands ---
+
+    @command("", "what is compared")
+    def settings(self, _: str) -> None:
+        self._show_settings()
+
+    @command("FIELD=VALUE ...", "compare one more setting")
+    def add(self, argument: str) -> None:
+        fields = parse_config(needed(argument, "/add loops=6 beta=0.3"))
+        self._try(self.axes, [*self.extra, fields])
+
+    @command("", "compare what the command line said")
+    def reset(self, _: str) -> None:
+        self._try(*self._first)
+
+    @command("N", "the most tokens of an answer")
+    def max_tokens(self, argument: str) -> None:
+        self._ask(max_tokens=_number(positive, argument, "/max-tokens 100"))
+
+    @command("T", "sampling temperature; 0: greedy")
+    def temp(self, argument: str) -> None:
+        heat = _number(temperature, argument, "/temp 0.7")
+        self._ask(sampler=replace(self.asked.sampler, temp=heat))
+
+    @command("N", "of the random numbers, the same for all settings")
+    def seed(self, argument: str) -> None:
+        self._ask(seed=_number(from_zero, argument, "/seed 1"))
+
+    @command("self | lookup | off", "same answers, sooner: what drafts")
+    def draft(self, argument: str) -> None:
+        self.drafts = parse_draft(argument)
+        self._ask(draft=self.drafts)
+
+    @command("", "repeat the last prompt")
+    def again(self, _: str) -> None:
+        if self._prompt is None:
+            raise UserError("there is no prompt yet: type one first")
+        self.answer(self._prompt)
+
+    @command("FILE", "answer each line of a file")
+    def prompts(self, argument: str) -> None:
+        path = Path(needed(argument, "/prompts questions.txt")).expanduser()
+        for prompt in read_prompts(path):
+            out.print(prompt, style="green", markup=False)
+            if not self.answer(prompt):
+                break
+
+    @command("FILE", "write the session, as JSON or (.md) Markdown")
+    def save(self, argument: str) -> None:
+        path = Path(needed(argument, "/save session.json, or session.md")).expanduser()
+        if path.suffix == ".md":
+            text = markdown(self.reports)
+        else:
+            text = json.dumps(self.reports, indent=2, ensure_ascii=False) + "\n"
+        with whole_file(path) as file:
+            file.write_text(text)
+        out.print(f"{len(self.reports)} prompts saved to {path}", style="dim", markup=False)
+
+    def change(self, text: str, name: str) -> None:
+        """`/FIELD A,B,...`: other values of a field; none: the preset's."""
+        axes = {key: values for key, values in self.axes.items() if key != name or text}
+        self._try(axes | ({name: parse_settings(name, text)} if text else {}), self.extra)
+
+    def _ask(self, **changes: Any) -> None:
+        self.asked = replace(self.asked, **changes)
+        self._show()
+
+    def _try(self, axes: dict[str, list[Any]], extra: list[dict[str, Any]]) -> None:
+        """Change what is compared, unless it is not valid, and show the effect."""
+        before = self.axes, self.extra
+        self.axes, self.extra = axes, extra
+        try:
+            self.views()
+        except UserError:
+            self.axes, self.extra = before
+            raise
+        self._show()
+
+    def _show(self) -> None:
+        if self._prompt is None or not out.is_terminal:
+            self._show_settings()
+        else:
+            self.answer(self._prompt)
+
+    def _show_settings(self) -> None:
+        out.print(grid(self._rows()))
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [
+            ("no loop", "")
+            if view.is_unlooped
+            else (escape(str(view.loop)), f"[dim]{extra_cost(view)}[/dim]")
+            for view in self.views()
+        ]
+
+
+def _number(parse: Callable[[str], Any], text: str, example: str) -> Any:
+    try:
+        return parse(needed(text, example))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{example.split()[0]}: {error}") from error
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file: its lines, or of .jsonl the user's last message in each object.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line)["messages"][-1]["content"] for line in lines]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"cannot read prompts from {path}: {error}") from error
+    if not lines:
+        raise UserError(f"{path} has no prompts in it: write one to a line")
+    return lines
+
+
+def markdown(reports: Iterable[dict[str, Any]]) -> str:
+    """A session for people to read."""
+    parts = []
+    for report in reports:
+        loops = [
+            None if answer["loop"] is None else LoopConfig.from_dict(answer["loop"])
+            for answer in report["answers"]
+        ]
+        parts.append(f"# {report['model']}\n\n{_quoted(report['prompt'])}")
+        for title, answer in zip(names(loops, brief=True), report["answers"], strict=True):
+            parts.append(f"## {title}\n\n{' · '.join(answer['notes'])}")
+            parts.append(_quoted(answer["text"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in text.splitlines() or [""])

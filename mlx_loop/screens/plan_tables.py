@@ -1,0 +1,151 @@
+"""The tables of `mlx_loop plan`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..checkpoints.macs import BANDWIDTH, SIZES
+from ..checkpoints.memory import GIB, Footprint, usable
+from ..checkpoints.quantise import Quantization, choose, is_quantised
+from ..errors import UserError
+from ..generation.prefill import prefill_step
+from ..generation.prompt import reads_quantised_cache
+from ..models.looped import Looped
+from ..settings import CHOICES
+from .terminal import describe, out, plain_table
+
+# What the tables compare, by name.
+RECIPES = {
+    "8 bits": Quantization(8),
+    "6 bits": Quantization(6),
+    "4 bits, window 8": Quantization(4, recipe="window8"),
+    "4 bits": Quantization(4),
+    "mxfp4": Quantization(mode="mxfp4"),
+    "3 bits": Quantization(3),
+}
+KV_BITS = (None, 8, 4)
+ROOM = 4096  # tokens of context that advice asks for.
+CONTEXT = 1000  # tokens before the one whose time is told.
+
+
+def show(name: str, model: Looped, ram: int) -> None:
+    """Print what a model without weights needs, and what of it a Mac of `ram` GB has."""
+    footprints = _footprints(model)
+    _print_weights(name, model, footprints, ram)
+    _print_cache(model)
+    _print_macs(footprints)
+    _print_speed(model, footprints)
+    _print_advice(footprints, ram)
+
+
+def _footprints(model: Looped) -> dict[str, Footprint]:
+    """Largest first; a quantised checkpoint only as it is."""
+    found = {"as stored": Footprint(model, fused=True)}
+    if not is_quantised(model):
+        for name, quantization in RECIPES.items():
+            if quantization.recipe == "window8" and model.loop is None:
+                continue
+            try:
+                found[name] = Footprint(model, choose(model, quantization), fused=True)
+            except UserError:  # Rows that are no whole number of groups.
+                continue
+    return found
+
+
+def _print_weights(name: str, model: Looped, footprints: dict[str, Footprint], ram: int) -> None:
+    out.print(f"{name}: {model.model_type}, {len(model.layers)} layers, {describe(model.loop)}\n")
+    limit = usable(ram * GIB)
+    table = plain_table("weights", "bits each", "size", f"context on {ram} GB", "with kv 4 bits")
+    for kind, footprint in footprints.items():
+        kv4 = _tokens(footprint.longest(limit, 4)) if reads_quantised_cache(model) else "-"
+        table.add_row(
+            kind,
+            f"{footprint.bits_per_weight:.2f}",
+            _size(footprint.weights),
+            _tokens(footprint.longest(limit)),
+            kv4,
+        )
+    out.print(table)
+    out.print()
+
+
+def _print_cache(model: Looped) -> None:
+    table = plain_table("cache, MB per 1000 tokens", *(f"kv {b or 16} bits" for b in KV_BITS))
+    loop = model.loop
+    for policy in CHOICES["cache"] if loop else ("no loop",):
+        view = model.with_loop(loop and replace(loop, cache=policy))
+        footprint = Footprint(view, fused=True)
+        row = [
+            f"{footprint.cache(256_000, bits) / 256 / 1e6:.1f}"
+            if bits is None or reads_quantised_cache(model)
+            else "-"
+            for bits in KV_BITS
+        ]
+        table.add_row(policy, *row)
+    out.print(table)
+    footprint = Footprint(model, fused=True)
+    for bits in (None, 4) if reads_quantised_cache(model) else (None,):
+        step = prefill_step(bits)
+        out.print(
+            f"a prompt, {step} tokens at a time{'' if bits is None else ', kv 4 bits'}, at 8192 "
+            f"tokens: {footprint.activations(step, 8192, bits) / 1e6:.0f} MB, of that "
+            f"{footprint.loop_extra(step) / 1e6:.0f} MB for the loop"
+        )
+    out.print()
+
+
+def _print_macs(footprints: dict[str, Footprint]) -> None:
+    out.print("longest context, in tokens, on a Mac:")
+    table = plain_table("memory", "usable", *footprints)
+    for size in SIZES:
+        limit = usable(size * GIB)
+        contexts = [_tokens(f.longest(limit)) for f in footprints.values()]
+        table.add_row(f"{size} GB", _size(limit), *contexts)
+    out.print(table)
+    out.print()
+
+
+def _print_speed(model: Looped, footprints: dict[str, Footprint]) -> None:
+    chosen = {n: f for n, f in footprints.items() if n in ("as stored", "8 bits", "4 bits")}
+    out.print("generated tokens/s at most, un-looped / looped:")
+    table = plain_table("chip", *chosen)
+    plain = {n: Footprint(model.with_loop(None), f.chosen, fused=True) for n, f in chosen.items()}
+    for chip, bandwidth in BANDWIDTH.items():
+        speeds = [
+            f"{bandwidth * 1e9 / plain[n].read_per_token(CONTEXT):.0f} / "
+            f"{bandwidth * 1e9 / f.read_per_token(CONTEXT):.0f}"
+            for n, f in chosen.items()
+        ]
+        table.add_row(f"{chip} ({bandwidth} GB/s)", *speeds)
+    out.print(table)
+    out.print()
+
+
+def _print_advice(footprints: dict[str, Footprint], ram: int) -> None:
+    limit = usable(ram * GIB)
+    most = footprints["as stored"].longest(1 << 60)
+    room = min(ROOM, most)
+    fits = [name for name, f in footprints.items() if f.longest(limit) >= room]
+    which = f"{fits[0]} is the most that leaves" if fits else "nothing here leaves"
+    out.print(f"On {ram} GB {which} room for {room} tokens.")
+    more = ram * 1024 * 7 // 8
+    out.print(
+        "macOS lets the GPU use about two thirds of 32 GB and less, three quarters of more. To "
+        f"raise that until the next start: sudo sysctl iogpu.wired_limit_mb={more} "
+        "(what is left is the system's). mlx_loop never changes it."
+    )
+    out.print(
+        "Weights and caches are exact. Activations are a formula tested on the CPU backend only; "
+        "speeds are what the memory's bandwidth allows, computing nothing else.",
+        style="dim",
+    )
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _tokens(count: int) -> str:
+    if count == 0:
+        return "-"
+    return f"{count // 1000} k" if count >= 10_000 else str(count)

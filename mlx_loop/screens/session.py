@@ -1,0 +1,110 @@
+"""A session at a prompt: messages that are answered, and commands that start with a slash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from ..errors import INTERRUPTED, USER_ERROR, UserError
+from .prompt_line import piped_lines, typed_lines
+from .terminal import err, is_interactive, out
+
+Row = tuple[str, ...]
+
+
+class Command(NamedTuple):
+    """What a word after a slash does with the rest of its line. Without help it is not listed."""
+
+    run: Callable[[Any, str], None]
+    argument: str = ""
+    help: str = ""
+
+
+def command(argument: str, help_text: str) -> Callable[[Callable[[Any, str], None]], Any]:
+    """Make a method of a session the command of its name."""
+    return lambda run: Command(run, argument, help_text)
+
+
+def grid(rows: Iterable[Row]) -> Table:
+    """Rows of words, without lines."""
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+class Session:
+    """What chat and compare share; a subclass says what an answer is and has more commands."""
+
+    name = ""
+    hints: tuple[Row, ...] = ()
+
+    def about(self) -> list[Row]:
+        """What a person sees first."""
+        raise NotImplementedError
+
+    def answer(self, text: str) -> bool:
+        """Show what comes of a message; False: it was stopped."""
+        raise NotImplementedError
+
+    def serve(self) -> int:
+        """Answer all that is typed or piped; the exit status."""
+        interactive = is_interactive()
+        if interactive:
+            keys = "[dim]/help for commands, Ctrl-C stops an answer, Ctrl-D leaves[/dim]"
+            title = f"mlx_loop {self.name}"
+            rows = grid([*self.about(), ("", keys)])
+            out.print(Panel(rows, title=title, title_align="left", expand=False))
+        for line in typed_lines(self.name, self.commands()) if interactive else piped_lines():
+            try:
+                if line.startswith("/"):
+                    if not self.carry_out(line):
+                        break
+                elif not self.answer(line) and not interactive:
+                    return INTERRUPTED
+            except UserError as error:
+                err.print(f"{error}", style="red", markup=False)
+                if not interactive:
+                    return USER_ERROR
+        return 0
+
+    def carry_out(self, line: str) -> bool:
+        """Do what a line that starts with a slash says; False: leave."""
+        word, _, argument = line[1:].strip().partition(" ")
+        if word in ("quit", "exit", "q"):
+            return False
+        if word not in self.commands():
+            raise UserError(f"unknown command /{word}; /help lists the commands")
+        self.commands()[word].run(self, argument.strip())
+        return True
+
+    def commands(self) -> Mapping[str, Command]:
+        """By the word that is typed."""
+        found = {**vars(type(self)), **vars(Session)}
+        return {n.replace("_", "-"): c for n, c in found.items() if isinstance(c, Command)}
+
+    @command("", "this list")
+    def help(self, _: str) -> None:
+        rows = [
+            (f"[bold]/{word}[/bold] {escape(command.argument)}", command.help)
+            for word, command in self.commands().items()
+            if command.help
+        ]
+        leave = ("[bold]/quit[/bold]", "leave, as Ctrl-D does")
+        keys = ("[dim]Alt-Enter[/dim]", "[dim]a new line; so does \\ at the end of one[/dim]")
+        out.print(grid([*rows, leave, *self.hints, keys]))
+
+
+def needed(argument: str, example: str) -> str:
+    """The argument of a command, unless it is missing.
+
+    Raises:
+        UserError: it is; the message shows the example.
+    """
+    if not argument:
+        raise UserError(f"something is missing: {example}")
+    return argument
