@@ -386,6 +386,14 @@ def _new(rng: random.Random, kind: str, used: set[str]) -> str:
             return made
 
 
+def _words(rng: random.Random, letters: str, length: int, n: int) -> list[str]:
+    """Different invented words."""
+    made: dict[str, None] = {}
+    while len(made) < n:
+        made["".join(rng.choices(letters, k=length))] = None
+    return list(made)
+
+
 def _several(rng: random.Random, kind: str, n: int) -> list[str]:
     used: set[str] = set()
     return [_new(rng, kind, used) for _ in range(n)]
@@ -423,10 +431,7 @@ def _chain_task(rng: random.Random, length: int, index: int, sources: Sources, h
 
 
 def _chain(rng: random.Random, hops: int, letters: int) -> Build:
-    names: list[str] = []
-    while len(names) <= hops:
-        name = "".join(rng.choices(string.ascii_uppercase, k=letters))
-        names += [name] if name not in names else []
+    names = _words(rng, string.ascii_uppercase, letters, hops + 1)
     value = str(rng.randint(10_000, 99_999))
     said = [f"VAR {names[0]} = {value}."]
     said += [f"VAR {after} = VAR {before}." for before, after in pairwise(names)]
@@ -513,11 +518,7 @@ def _frequent_words_task(
     rng: random.Random, length: int, index: int, sources: Sources, asked: int
 ) -> Build:
     """A text of invented words whose frequencies fall as 1 / rank^2; the most frequent is noise."""
-    size = max(asked + 2, length // 50)
-    words: list[str] = []
-    while len(words) < size:
-        word = "".join(rng.choices(string.ascii_lowercase, k=6))
-        words += [word] if word not in words else []
+    words = _words(rng, string.ascii_lowercase, 6, max(asked + 2, length // 50))
     words[0] = "..."
     zeta = math.pi**2 / 6
     order = rng.random()
