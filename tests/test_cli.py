@@ -122,7 +122,7 @@ def test_a_seed_makes_sampling_repeatable(capsys):
         (["--loops", "0"], "from 1 up"),
         (["--loops", "many"], "whole number"),
         (["--integrator", "rk5"], "rk4"),
-        (["--beta", "2"], "from 0 to 1"),
+        (["--beta", "3"], "from -1 to 2"),
         (["--cache", "all"], "own"),
         (["--decode", "some"], "bypass"),
         (["--integrator", "aitken", "--loops", "3"], "even"),

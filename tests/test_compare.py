@@ -93,7 +93,7 @@ def test_a_pipe_gets_plain_text_and_commands_work_there(tmp_path):
         "/loops 2,3,4,5,6,7,8,9,10,11,12,13,14",
         "/window 30:40",
         "/add beta",
-        "/add beta=2",
+        "/add beta=3",
         "/again",
         "/temp -1",
         "/save",

@@ -12,7 +12,6 @@ from .tasks.ruler import Example, Ruler
 from .tasks.task import Found, Task
 from .trace import mean, median, trace
 
-DRIFT = "drift.jsonl"
 # A trace keeps every state of the whole prompt, without chunks.
 LONGEST = 4096
 MEASURES = {

@@ -81,12 +81,8 @@ def gather(views: Sequence[Looped], task: Task, results: Results) -> Scores:
 # --- The folder of `mlx_loop evaluate` ---
 
 # Problems; answers with their scores; how long each batch took; traces.
-EXAMPLES, RESULTS, SECONDS, DRIFT = (
-    "examples.jsonl",
-    "results.jsonl",
-    "seconds.jsonl",
-    "drift.jsonl",
-)
+EXAMPLES, RESULTS = "examples.jsonl", "results.jsonl"
+SECONDS, DRIFT = "seconds.jsonl", "drift.jsonl"
 
 
 @dataclass(frozen=True)

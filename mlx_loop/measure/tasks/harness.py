@@ -56,9 +56,7 @@ class Harness(Task):
     def measure(
         self, views: Sequence[Looped], tokenizer: TokenizerWrapper, items: Sequence[Row]
     ) -> Iterator[list[Found]]:
-        """Raises:
-        UserError: lm-eval is missing, or a task cannot be loaded.
-        """
+        """As for every task; UserError: lm-eval is missing, or a task cannot be loaded."""
         evaluate, manager, adapter = self._lm_eval
         (done,) = items
         task = done["item"].removeprefix("lm_eval:")

@@ -27,7 +27,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ...errors import UserError
 from ...generation.prefill import PREFILL_STEP
 from ...generation.prompt import render
-from ..results import Row
+from ..results import Row, read_text
 from .task import Answers
 
 DATA = Path(__file__).parent
@@ -130,9 +130,7 @@ class Ruler(Answers):
         return [
             {
                 "item": f"{example.task}/{example.length}/{example.index}",
-                "task": example.task,
-                "length": example.length,
-                "index": example.index,
+                **{name: getattr(example, name) for name in ("task", "length", "index")},
                 "example": example,
             }
             for example in self.problems
@@ -213,9 +211,7 @@ class Sources:
         return self._questions
 
 
-# ---------------------------------------------------------------------------------------------
-# Examples of the right size
-# ---------------------------------------------------------------------------------------------
+# --- Examples of the right size ---
 
 
 def example(
@@ -287,9 +283,7 @@ def _fit(
     return best
 
 
-# ---------------------------------------------------------------------------------------------
-# Needles in a haystack
-# ---------------------------------------------------------------------------------------------
+# --- Needles in a haystack ---
 
 KINDS = {"number": "numbers", "uuid": "identifiers"}
 
@@ -392,6 +386,14 @@ def _new(rng: random.Random, kind: str, used: set[str]) -> str:
             return made
 
 
+def _words(rng: random.Random, letters: str, length: int, n: int) -> list[str]:
+    """Different invented words."""
+    made: dict[str, None] = {}
+    while len(made) < n:
+        made["".join(rng.choices(letters, k=length))] = None
+    return list(made)
+
+
 def _several(rng: random.Random, kind: str, n: int) -> list[str]:
     used: set[str] = set()
     return [_new(rng, kind, used) for _ in range(n)]
@@ -409,9 +411,7 @@ def _distractors(rng: random.Random, keys: str, values: str, used: set[str]) -> 
         yield needle(_new(rng, keys, taken), values, _new(rng, values, set()))
 
 
-# ---------------------------------------------------------------------------------------------
-# A chain of variables
-# ---------------------------------------------------------------------------------------------
+# --- A chain of variables ---
 
 
 def _chain_task(rng: random.Random, length: int, index: int, sources: Sources, hops: int) -> Build:
@@ -431,10 +431,7 @@ def _chain_task(rng: random.Random, length: int, index: int, sources: Sources, h
 
 
 def _chain(rng: random.Random, hops: int, letters: int) -> Build:
-    names: list[str] = []
-    while len(names) <= hops:
-        name = "".join(rng.choices(string.ascii_uppercase, k=letters))
-        names += [name] if name not in names else []
+    names = _words(rng, string.ascii_uppercase, letters, hops + 1)
     value = str(rng.randint(10_000, 99_999))
     said = [f"VAR {names[0]} = {value}."]
     said += [f"VAR {after} = VAR {before}." for before, after in pairwise(names)]
@@ -454,9 +451,7 @@ def _chain(rng: random.Random, hops: int, letters: int) -> Build:
     return build
 
 
-# ---------------------------------------------------------------------------------------------
-# Counting words
-# ---------------------------------------------------------------------------------------------
+# --- Counting words ---
 
 
 def _common_words_task(
@@ -523,11 +518,7 @@ def _frequent_words_task(
     rng: random.Random, length: int, index: int, sources: Sources, asked: int
 ) -> Build:
     """A text of invented words whose frequencies fall as 1 / rank^2; the most frequent is noise."""
-    size = max(asked + 2, length // 50)
-    words: list[str] = []
-    while len(words) < size:
-        word = "".join(rng.choices(string.ascii_lowercase, k=6))
-        words += [word] if word not in words else []
+    words = _words(rng, string.ascii_lowercase, 6, max(asked + 2, length // 50))
     words[0] = "..."
     zeta = math.pi**2 / 6
     order = rng.random()
@@ -548,9 +539,7 @@ def _frequent_words_task(
     return build
 
 
-# ---------------------------------------------------------------------------------------------
-# Questions about documents
-# ---------------------------------------------------------------------------------------------
+# --- Questions about documents ---
 
 
 def _documents_task(rng: random.Random, length: int, index: int, sources: Sources) -> Build:
@@ -596,19 +585,13 @@ def _documents_task(rng: random.Random, length: int, index: int, sources: Source
 
 def _read_questions(path: Path) -> list[dict[str, Any]]:
     questions = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the documents in {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
             question = json.loads(line)
-            ok = isinstance(question["question"], str) and all(
-                isinstance(question[name], list)
-                and question[name]
-                and all(isinstance(text, str) and text for text in question[name])
-                for name in ("answers", "documents")
-            )
+            lists = [question["answers"], question["documents"]]
+            texts = [question["question"], *lists[0], *lists[1]]
+            ok = all(isinstance(of, list) and of for of in lists)
+            ok = ok and all(isinstance(text, str) for text in texts) and all(texts[1:])
         except (ValueError, KeyError, TypeError):
             ok = False
         if not ok:
@@ -630,9 +613,7 @@ GENERATORS: dict[str, Callable[..., Build]] = {
     "documents": _documents_task,
 }
 
-# ---------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------
+# --- Text ---
 
 WORDS: dict[str, list[str]] = {
     kind: words.split() for kind, words in json.loads((DATA / "words.json").read_text()).items()
@@ -651,10 +632,7 @@ def _own_prose() -> Iterator[str]:
 
 
 def _words_of(path: Path) -> list[str]:
-    try:
-        words = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the filler text {path}: {error}") from error
+    words = read_text(path).split()
     if not words:
         raise UserError(f"the filler text {path} is empty")
     return words
@@ -678,9 +656,7 @@ def _repeated(text: str, words: int) -> list[str]:
     return [text] * whole + ([" ".join(split[:rest])] if rest else [])
 
 
-# ---------------------------------------------------------------------------------------------
-# Metrics
-# ---------------------------------------------------------------------------------------------
+# --- Metrics ---
 
 
 def score(task: str, answer: str, references: Sequence[str]) -> float:

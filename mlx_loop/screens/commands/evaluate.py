@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     from ..measuring import load_views, measuring, table
     from ..terminal import err, out
 
-    lengths = args.lengths or [4096]
+    lengths, include_path = args.lengths or [4096], _path(args.include_path)
     files = {name: Path(split_name(name)[1]).expanduser() for name in names}
     study = Study(
         model=args.model,
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
         others.append(
             Harness(
                 theirs,
-                _path(args.include_path),
+                include_path,
                 args.limit,
                 args.batch_size,
                 lengths,
