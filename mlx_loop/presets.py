@@ -7,7 +7,15 @@ from typing import cast
 
 from .errors import UserError
 from .integrators import INTEGRATORS
-from .settings import INTEGRATOR_FIELDS, LoopConfig, ResolvedLoop, Window
+from .settings import (
+    INTEGRATOR_FIELDS,
+    LoopConfig,
+    Pair,
+    ResolvedLoop,
+    Window,
+    check_order,
+    pairs,
+)
 
 # Windows published as good for one model, where they differ from the rule of `default_window`
 # (Training-Free Looped Transformers, arXiv 2605.23872): (model_type, layers) -> window.
@@ -97,14 +105,20 @@ def resolve(
     return cast(ResolvedLoop, replace(config, **changes))
 
 
-def _as_layers(window: Window, num_layers: int) -> tuple[int, int]:
-    start, stop = window
-    if isinstance(start, float):
-        first = min(round(start * num_layers), num_layers - 1)
-        return first, max(round(stop * num_layers), first + 1)
-    if stop > num_layers:
+def _as_layers(window: Window, num_layers: int) -> Window:
+    found = [_pair(pair, num_layers) for pair in pairs(window)]
+    if found[-1][1] > num_layers:
         raise UserError(
             f"window={window!r} is not valid: the model has {num_layers} layers, so window must "
             f"be (start, stop) with 0 <= start < stop <= {num_layers}"
         )
+    check_order(window, found)
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def _pair(pair: Pair, num_layers: int) -> tuple[int, int]:
+    start, stop = pair
+    if isinstance(start, float):
+        first = min(round(start * num_layers), num_layers - 1)
+        return first, max(round(stop * num_layers), first + 1)
     return int(start), int(stop)

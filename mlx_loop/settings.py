@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UserError
@@ -63,7 +64,8 @@ class Guard:
 
 _BAND = "(low, high) with 0 <= low <= 1 <= high"
 
-Window = tuple[int, int] | tuple[float, float]
+Pair = tuple[int, int] | tuple[float, float]
+Window = Pair | tuple[Pair, ...]
 Given = TypeVar("Given", bound="LoopConfig")
 
 
@@ -73,7 +75,8 @@ class LoopConfig:
 
     Args:
         window: layers `[start, stop)`, half open and 0-based, as two integers; or two fractions
-            of the depth as floats, `(0.4, 0.5)`.
+            of the depth as floats, `(0.4, 0.5)`; or several of these, from the bottom up, each of
+            which loops in its turn, `((12, 16), (20, 24))`.
         loops: K, the number of loops; 1 is the un-looped model.
         integrator: one of `INTEGRATORS`.
         beta: weight of the natural pass in `anchored`; 0 to 1 is between the two results, and as
@@ -118,11 +121,14 @@ class LoopConfig:
     guard: Guard | None = None
 
     @property
-    def layers(self) -> range:
-        """The window's layers, in settings that are resolved (`model.loop` is)."""
-        assert self.window is not None
-        start, stop = self.window
-        return range(int(start), int(stop))
+    def windows(self) -> tuple[range, ...]:
+        """The layers of each window, in settings that are resolved (`model.loop` is)."""
+        return tuple(range(int(start), int(stop)) for start, stop in pairs(self.window))
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers of all windows, from the bottom up."""
+        return [i for window in self.windows for i in window]
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -162,15 +168,21 @@ class LoopConfig:
     def _check_window(self) -> None:
         if self.window is None:
             return
+        window = _as_tuple(self.window) or ()
+        several = [_as_tuple(pair) for pair in window]
+        found = [window] if None in several else several
         allowed = "(start, stop) with 0 <= start < stop, as layers or as fractions of the depth"
-        pair = _as_tuple(self.window)
-        if pair is None or len(pair) != 2:
+        for pair in found:
+            if pair is None or len(pair) != 2:
+                raise _wrong("window", self.window, allowed)
+            layers = all(_is_int(x) for x in pair)
+            fractions = all(isinstance(x, float) and 0 <= x <= 1 for x in pair)
+            if not (layers or fractions) or not 0 <= pair[0] < pair[1]:
+                raise _wrong("window", self.window, allowed)
+        if not found:
             raise _wrong("window", self.window, allowed)
-        layers = all(_is_int(x) for x in pair)
-        fractions = all(isinstance(x, float) and 0 <= x <= 1 for x in pair)
-        if not (layers or fractions) or not 0 <= pair[0] < pair[1]:
-            raise _wrong("window", self.window, allowed)
-        object.__setattr__(self, "window", pair)
+        check_order(self.window, found)
+        object.__setattr__(self, "window", found[0] if len(found) == 1 else tuple(found))
 
     def _check_decode(self) -> None:
         if self.decode is None or self.decode in ("full", "bypass"):
@@ -246,8 +258,7 @@ class LoopConfig:
 
     def __str__(self) -> str:
         """A short line for people, of what is not plain: `anchored, 3 loops of [4,8), beta 0.5`."""
-        start, stop = self.window or ("?", "?")
-        words = [self.integrator or "?", f"{self.loops or '?'} loops of [{start},{stop})"]
+        words = [self.integrator or "?", f"{self.loops or '?'} loops of {interval(self.window)}"]
         for name, plain in _PLAIN.items():
             value = getattr(self, name)
             if value not in (None, plain):
@@ -276,7 +287,7 @@ if TYPE_CHECKING:
         `presets.resolve` makes them, and `model.loop` is of this kind.
         """
 
-        window: tuple[int, int]
+        window: tuple[int, int] | tuple[tuple[int, int], ...]
         loops: int
         integrator: str
         scope: str
@@ -287,6 +298,30 @@ if TYPE_CHECKING:
 
 else:
     ResolvedLoop = LoopConfig  # A type of its own to the checker alone: `replace` may change it.
+
+
+def pairs(window: Window | None) -> tuple[Pair, ...]:
+    """The (start, stop) of each window."""
+    if not window:
+        return ()
+    return window if isinstance(window[0], tuple) else (window,)
+
+
+def interval(window: Window | None) -> str:
+    """A window for people: `[4,8)`, or `[4,8)+[10,12)`."""
+    return "+".join(f"[{start},{stop})" for start, stop in pairs(window)) or "[?,?)"
+
+
+def check_order(window: object, pairs: Sequence[Any]) -> None:
+    """Refuse windows that overlap, or are not from the bottom up.
+
+    Args:
+        window: as given.
+        pairs: the (start, stop) of each.
+    """
+    for (_, stop), (start, _) in pairwise(pairs):
+        if type(stop) is not type(start) or start < stop:
+            raise _wrong("window", window, "one that does not overlap the next, from the bottom up")
 
 
 def _wrong(name: str, value: object, allowed: str) -> UserError:

@@ -64,10 +64,11 @@ class Reference:
 
     def __call__(self, tokens, cache=None):
         """Logits (batch, length, vocab); `cache` is updated."""
-        start, stop = self.loop.window
-        size = stop - start if self.loop.scope == "block" else 1
-        parts = [(first, first + size - 1) for first in range(start, stop, size)]
-        done = {}
+        parts, done = [], {}
+        window = self.loop.window
+        for start, stop in [window] if isinstance(window[0], int) else window:
+            size = stop - start if self.loop.scope == "block" else 1
+            parts += [(first, first + size - 1) for first in range(start, stop, size)]
         for first, last in parts:
             done[first, last] = self._looped(tokens, cache, first, last, done)
         return self._pass(tokens, cache, done)

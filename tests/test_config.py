@@ -26,6 +26,12 @@ WRONG = [
     ("integrator", "rk5"),
     ("beta", 2.1),
     ("beta", -1.1),
+    ("window", ((1, 3), (2, 4))),
+    ("window", ((3, 4), (1, 2))),
+    ("window", ((1, 2), (0.5, 0.6))),
+    ("window", ((1, 2), 3)),
+    ("window", ((1, 2, 3),)),
+    ("window", ()),
     ("horizon", 0),
     ("horizon", 17),
     ("horizon", "long"),
@@ -120,6 +126,15 @@ def test_a_horizon_is_refused_where_the_integrator_has_none():
         LoopConfig(integrator="naive", horizon=2)
     assert LoopConfig().to_dict() == {}
     assert LoopConfig(horizon=2.0).to_dict() == {"horizon": 2.0}
+
+
+def test_one_window_in_a_list_is_that_window():
+    assert LoopConfig(window=[[4, 8]]) == LoopConfig(window=(4, 8))
+    several = LoopConfig(window=[[4, 8], [8, 9]])
+    assert several.windows == (range(4, 8), range(8, 9))
+    assert several.layers == [4, 5, 6, 7, 8]
+    assert str(several).startswith("?, ? loops of [4,8)+[8,9)")
+    assert LoopConfig.from_json(several.to_json()) == several
 
 
 def test_it_prints_as_one_readable_line():

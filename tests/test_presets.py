@@ -73,6 +73,7 @@ def test_an_integrator_has_its_own_fields_and_no_others(integrator):
         ((0.0, 1.0), 36, (0, 36)),
         ((0.5, 0.51), 12, (6, 7)),
         ((0.99, 1.0), 4, (3, 4)),
+        (((0.1, 0.2), (0.5, 0.6)), 20, ((2, 4), (10, 12))),
     ],
 )
 def test_a_window_may_be_fractions_of_the_depth(fractions, num_layers, window):
@@ -82,3 +83,8 @@ def test_a_window_may_be_fractions_of_the_depth(fractions, num_layers, window):
 def test_a_window_outside_the_model_is_refused():
     with pytest.raises(ValueError, match=r"window=\(30, 40\).*36 layers"):
         resolved(window=(30, 40))
+
+
+def test_several_windows_may_not_meet_once_they_are_layers():
+    with pytest.raises(ValueError, match="does not overlap"):
+        resolved(4, window=((0.0, 0.05), (0.06, 0.1)))

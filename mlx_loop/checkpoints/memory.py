@@ -207,7 +207,7 @@ class Footprint:
         if loop is None or self._model.is_unlooped:
             return 0
         s = self._shape
-        together = len(loop.layers) if loop.scope == "block" else 1
+        together = max(map(len, loop.windows)) if loop.scope == "block" else 1
         kept = together * s.values * s.itemsize if POLICIES[loop.cache].restores else 0
         return step * (2 * s.hidden * 4 + kept)
 

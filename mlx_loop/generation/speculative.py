@@ -233,7 +233,7 @@ def _check_layers(model: Looped, loop: ResolvedLoop) -> None:
     # What several caches of a layer mean together, `policies.FirstSideBySide` does not know.
     together = POLICIES[loop.cache].side_by_side
     lists = together and any(nested[e] for i in loop.layers for e in layers[i].entries)
-    several = lists or any(layer.results > 1 for layer in layers[: loop.layers.stop])
+    several = lists or any(layer.results > 1 for layer in layers[: loop.layers[-1] + 1])
     unmasked = any(layers[i].entries and layers[i].mask is None for i in loop.layers)
     kinds = {layer.path[:-1] for layer in layers}
     if several or unmasked or len(kinds) > 1 or model.model_type in NOT_CAUSAL:

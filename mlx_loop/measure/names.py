@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from ..settings import LoopConfig
+from ..settings import LoopConfig, interval
 
 
 def names(settings: Sequence[LoopConfig | None], brief: bool = False) -> list[str]:
@@ -48,7 +48,7 @@ def _word(name: str, value: Any, brief: bool) -> str:
         return str(value)
     if name == "loops":
         return f"{value} loops" if brief else f"K = {value}"
-    shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     if name == "window":
-        return f"[{shown})" if brief else f"window [{shown})"
+        return interval(value) if brief else f"window {interval(value)}"
+    shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return f"{name} {shown}"

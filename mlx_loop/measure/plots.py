@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import whole_file
+from ..settings import interval, pairs
 from .names import names
 from .outcome import Outcome, Scores, outcomes
 
@@ -153,7 +154,7 @@ def draw_windows(found: Sequence[Outcome], title: str, pyplot: Any) -> Any:
     )
     most = max(abs(outcome.change) * scale for outcome in found) or 1
     for column, (name, group) in enumerate(members.items()):
-        windows = sorted({outcome.loop.window for outcome in group if outcome.loop})
+        windows = sorted({o.loop.window for o in group if o.loop}, key=pairs)
         loops = sorted({_loops(outcome) for outcome in group})
         grid = [[float("nan")] * len(loops) for _ in windows]
         texts = [[""] * len(loops) for _ in windows]
@@ -164,7 +165,7 @@ def draw_windows(found: Sequence[Outcome], title: str, pyplot: Any) -> Any:
             mark = "*" if outcome.is_distinguishable else ""
             texts[y][x] = f"{grid[y][x]:+.{1 if in_points else 3}f}{mark}"
         heat, lines = axes[0, column], axes[1, column]
-        shown = [f"[{start},{stop})" for start, stop in windows]
+        shown = [interval(window) for window in windows]
         colours = "RdBu" if found[0].better > 0 else "RdBu_r"
         image = _heat(heat, grid, texts, most, loops, shown, colours)
         heat.set_title(name)

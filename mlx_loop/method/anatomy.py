@@ -70,7 +70,7 @@ class Anatomy:
     counts_tokens: bool
 
     def entries(self, window: range) -> list[int]:
-        """The cache entries that layers of the window write: nobody before them uses those."""
+        """The cache entries that layers of a window write: nobody before them uses those."""
         earlier = {entry for layer in self.layers[: window.start] for entry in layer.entries}
         used = {entry for i in window for entry in self.layers[i].entries}
         return sorted(used - earlier)
@@ -86,7 +86,16 @@ class Anatomy:
         Raises:
             UserError: says which, and why.
         """
-        window, layers = loop.layers, self.layers
+        for window in loop.windows:
+            self._check_window(loop, window)
+        if loop.decode != "full" and not self.counts_tokens:
+            raise UserError(
+                f"decode={loop.decode!r} does not work with this model, whose cache does not count "
+                "tokens: use decode='full'"
+            )
+
+    def _check_window(self, loop: ResolvedLoop, window: range) -> None:
+        layers = self.layers
         if len({layers[i].path[:-1] for i in window}) > 1:
             raise UserError(
                 f"window={loop.window} is not valid: its layers are of two kinds, the later ones "
@@ -104,11 +113,6 @@ class Anatomy:
                     f"uses the keys of layer {source}, which are those of its natural pass; use "
                     "cache='first' or 'own', or another window"
                 )
-        if loop.decode != "full" and not self.counts_tokens:
-            raise UserError(
-                f"decode={loop.decode!r} does not work with this model, whose cache does not count "
-                "tokens: use decode='full'"
-            )
 
 
 # --- Views with other layers ---

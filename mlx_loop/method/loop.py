@@ -31,9 +31,10 @@ Observer = Callable[[Sequence[int], Sequence[tuple[mx.array, mx.array]], mx.arra
 
 
 def parts(loop: ResolvedLoop) -> list[range]:
-    """The layers that are iterated as one: the whole window, or in layer scope one at a time."""
-    size = len(loop.layers) if loop.scope == "block" else 1
-    return [loop.layers[i : i + size] for i in range(0, len(loop.layers), size)]
+    """The layers that are iterated as one: each whole window, or in layer scope one at a time."""
+    if loop.scope == "block":
+        return list(loop.windows)
+    return [range(i, i + 1) for i in loop.layers]
 
 
 def layer_passes(loop: ResolvedLoop | None, num_layers: int) -> int:
@@ -46,7 +47,7 @@ def layer_passes(loop: ResolvedLoop | None, num_layers: int) -> int:
         return num_layers
     extra = len(loop.layers) * (passes(loop) - 1)
     if POLICIES[loop.cache].extra_pass and loop.scope == "block":
-        extra += len(loop.layers) - 1
+        extra += sum(len(window) - 1 for window in loop.windows)
     return num_layers + extra
 
 
@@ -102,7 +103,7 @@ class Run:
             loops: False: tokens pass once, and what they write goes into every history.
         """
         for part in parts(self.loop):
-            is_first = part.start == self.loop.layers.start
+            is_first = part.start == self.loop.layers[0]
             window = _Window(self, part, self.natural if is_first else None)
             for i in part:
                 walk.put(i, partial(window.stand_in, i, loops))

@@ -26,7 +26,8 @@ def looped_entries(model: Looped) -> list[int]:
     """The cache entries with a history per evaluation."""
     if model.loop is None or per_layer(model) == 1:
         return []
-    return model.anatomy.entries(model.loop.layers)
+    found = {e for window in model.loop.windows for e in model.anatomy.entries(window)}
+    return sorted(found)
 
 
 def of_entry(model: Looped, cache: Sequence[Any], i: int) -> Sequence[Any]:

@@ -81,7 +81,7 @@ def _start(view: Looped) -> int:
     """How many layers come before a view's window; all, where nothing loops."""
     if view.is_unlooped or view.loop is None:
         return len(view.layers)
-    return view.loop.layers.start
+    return view.loop.layers[0]
 
 
 def logits(model: Looped, state: mx.array) -> mx.array:

@@ -107,8 +107,9 @@ def check_read(names: Iterable[str], loops: Sequence[LoopConfig]) -> None:
 
 
 def _window(text: str) -> tuple:
-    start, stop = text.split(":")
-    return (float(start), float(stop)) if "." in text else (int(start), int(stop))
+    kind = float if "." in text else int
+    found = [tuple(map(kind, pair.split(":"))) for pair in text.split("+")]
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 def _decode(text: str) -> str | int:
@@ -154,9 +155,10 @@ SETTINGS: dict[str, Setting] = {
     ),
     "window": Setting(
         _window,
-        "start:stop, as layers (15:19) or fractions of the depth (0.4:0.5)",
+        "start:stop, as layers (15:19) or fractions of the depth (0.4:0.5); several as 12:16+20:24",
         "START:STOP",
-        "the layers that loop, half open: 15:19 is layers 15 to 18; or fractions, 0.4:0.5",
+        "the layers that loop, half open: 15:19 is layers 15 to 18; or fractions, 0.4:0.5; or "
+        "several windows, each in its turn, 12:16+20:24",
     ),
     "integrator": _choice(
         "integrator", "how the loops make one step: " + ", ".join(INTEGRATORS), "NAME"
