@@ -27,6 +27,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "routing": ("live", "frozen"),
     "norm": ("free", "interpolated"),
     "cache": ("first", "last", "own"),
+    "prompt": ("looped", "plain"),
 }
 
 
@@ -91,6 +92,10 @@ class LoopConfig:
             looped state, or each evaluation its `own` history.
         decode: `full` (every generated token loops), `bypass` (only the prompt loops) or n (the
             first n generated tokens loop).
+        prompt: `looped`, or `plain`: the prompt takes the plain pass, all but its last token, which
+            decides the answer.
+        gate: None, or `entropy:` and nats: of the answer's tokens only those loop whose un-looped
+            prediction has at least that entropy.
         alpha: step of `ema`, `heavy_ball`, `norm_stab`, `input_anchor`; for `ema` also one per
             loop.
         momentum: `heavy_ball`, 0 up to but not including 1.
@@ -113,6 +118,8 @@ class LoopConfig:
     norm: str | None = None
     cache: str | None = None
     decode: str | int | None = None
+    prompt: str = "looped"
+    gate: str | None = None
     alpha: float | tuple[float, ...] | None = None
     momentum: float | None = None
     memory: int | None = None
@@ -150,6 +157,7 @@ class LoopConfig:
                 raise _wrong(name, value, allowed)
         self._check_window()
         self._check_decode()
+        self._check_gate()
         self._check_alpha()
         self._check_weights()
         self._check_guard()
@@ -189,6 +197,22 @@ class LoopConfig:
             return
         if not (_is_int(self.decode) and int(self.decode) >= 0):
             raise _wrong("decode", self.decode, "'full', 'bypass' or a whole number from 0 up")
+
+    @property
+    def gate_nats(self) -> float:
+        """The entropy of `gate`; infinite where there is none."""
+        return math.inf if self.gate is None else float(self.gate.partition(":")[2])
+
+    def _check_gate(self) -> None:
+        if self.gate is None:
+            return
+        kind, _, nats = str(self.gate).partition(":")
+        try:
+            fits = kind == "entropy" and 0 < float(nats) < math.inf
+        except ValueError:
+            fits = False
+        if not fits:
+            raise _wrong("gate", self.gate, "None, or 'entropy:' and nats above 0: 'entropy:1.0'")
 
     def _check_alpha(self) -> None:
         if self.alpha is None:
@@ -268,13 +292,14 @@ class LoopConfig:
 
 
 # What goes without saying; of an integrator's own fields, nothing.
-_PLAIN = dict.fromkeys([*INTEGRATOR_FIELDS, "guard"]) | {
+_PLAIN = dict.fromkeys([*INTEGRATOR_FIELDS, "gate", "guard"]) | {
     "horizon": 1,
     "scope": "block",
     "routing": "live",
     "norm": "free",
     "cache": "first",
     "decode": "full",
+    "prompt": "looped",
 }
 
 

@@ -196,10 +196,12 @@ class Request:
     Args:
         max_kv_size: its argument, which it drops where a model makes its own caches.
         by_mlx_lm: whether it was called by another function of mlx-lm.
+        drafts: whether that is speculative decoding.
     """
 
     max_kv_size: int | None = None
     by_mlx_lm: bool = False
+    drafts: bool = False
 
 
 def request() -> Request:
@@ -209,5 +211,9 @@ def request() -> Request:
         frame = frame.f_back
     if frame is None or frame.f_back is None:
         return Request()
-    caller = frame.f_back.f_globals.get("__name__", "")
-    return Request(frame.f_locals["max_kv_size"], caller.partition(".")[0] == "mlx_lm")
+    caller = frame.f_back
+    return Request(
+        frame.f_locals["max_kv_size"],
+        caller.f_globals.get("__name__", "").partition(".")[0] == "mlx_lm",
+        caller.f_code.co_name == "speculative_generate_step",
+    )

@@ -87,7 +87,7 @@ def test_an_error_in_a_pipe_stops_with_status_2(tmp_path):
         "/nonsense",
         "/loop 0",
         "/window 30:40",
-        "/set beta 2",
+        "/set beta 3",
         "/draft nonsense",
         "/set",
         f"/load {tmp_path}/no",

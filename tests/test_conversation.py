@@ -168,3 +168,23 @@ def test_a_model_without_a_chat_template_is_refused(talk):
 
     with pytest.raises(UserError, match="no chat template"):
         Conversation(talk.model, Plain())
+
+
+def test_under_a_plain_prompt_other_loops_keep_the_first_prompt_and_what_had_no_loop(talk):
+    talk.loop = None
+    say(talk, "My name is Anna.")
+    held = len(talk._tokens)
+    talk.loop = LoopConfig(prompt="plain", loops=4)
+    expected, _ = say(fresh(talk, talk.messages), "What is my name?")
+    found, responses = say(talk, "What is my name?")
+    assert found == expected
+    # All that the un-looped model has left is still good.
+    assert responses[0].prompt_tokens == len(talk._bookmark[0]) + 1 - held
+    first = talk._plain
+    talk.loop = LoopConfig(prompt="plain", loops=6, window=(3, 5))
+    expected, _ = say(fresh(talk, talk.messages), "thanks")
+    found, responses = say(talk, "thanks")
+    assert found == expected
+    assert responses[0].prompt_tokens == len(talk._bookmark[0]) + 1 - first
+    talk.loop = LoopConfig(loops=6)
+    assert talk.cache_summary() == "empty"

@@ -93,3 +93,24 @@ def test_saving_again_replaces_the_file_in_one_step(model, tmp_path):
     cache, _ = mlx_loop.load_prompt_cache(path, model)
     assert cache[0].offset == 20
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_beginning_of_a_plain_prompt_fits_every_setting_that_leaves_it_plain(model, tmp_path):
+    path = tmp_path / "cache.safetensors"
+    view = model.with_loop(LoopConfig(loops=4, prompt="plain"))
+    cache = mlx_loop.make_prompt_cache(view)
+    view.for_prompt(cache, 10)(tokens(1, 9), cache=cache)
+    mlx_loop.save_prompt_cache(path, cache, view, holds_no_answer=True)
+    for loop in (LoopConfig(loops=6, window=(2, 4), prompt="plain"), LoopConfig(loops=1), None):
+        other = model.with_loop(loop)
+        loaded, _ = mlx_loop.load_prompt_cache(path, other)
+        alone, text = mlx_loop.make_prompt_cache(other), tokens(1, 9)
+        other.for_prompt(alone, 10)(text, cache=alone)
+        more = tokens(1, 1, seed=1)
+        assert mx.array_equal(
+            other.for_prompt(loaded, 1)(more, cache=loaded),
+            other.for_prompt(alone, 1)(more, cache=alone),
+        )
+    for loop in (LoopConfig(loops=4), LoopConfig(loops=4, prompt="plain", cache="last")):
+        with pytest.raises(UserError, match="other loop settings"):
+            mlx_loop.load_prompt_cache(path, model.with_loop(loop))

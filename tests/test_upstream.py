@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -9,7 +10,11 @@ import mlx.core as mx
 import mlx_lm.utils
 import pytest
 from conftest import relative_error, tokens
-from mlx_lm.generate import generate_step, maybe_quantize_kv_cache
+from mlx_lm.generate import (
+    generate_step,
+    maybe_quantize_kv_cache,
+    speculative_generate_step,
+)
 from mlx_lm.models import cache as caches
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from zoo import build
@@ -177,6 +182,12 @@ def test_the_architecture_chooses_the_file_as_in_mlx_lm(as_list):
         config = {"model_type": model_type, "architectures": [name] if as_list else name}
         looped, args = get_classes(config)
         assert (looped.__bases__[1], args.__bases__[0]) == mlx_lm.utils._get_classes(config)
+
+
+def test_speculative_decoding_is_told_by_its_name():
+    # speculative_generate_step, which makes its caches by make_prompt_cache
+    source = inspect.getsource(speculative_generate_step)
+    assert "make_prompt_cache" in source
 
 
 def test_experts_are_called_with_states_and_numbers():

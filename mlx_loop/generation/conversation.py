@@ -46,6 +46,10 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
     _cache: list[Any] | None = None
     _tokens: list[int] = field(default_factory=list)
+    # How many tokens the cache holds as the un-looped model leaves them, and how many of them fit
+    # the present settings; None: all.
+    _plain: int = 0
+    _tokens_fit: int | None = None
     # The last prompt but its last token, and the cache as it was then.
     _bookmark: tuple[list[int], Bookmark] | None = None
 
@@ -58,14 +62,15 @@ class Conversation:
 
     @property
     def loop(self) -> LoopConfig | None:
-        """The model's loop settings. New ones make the next turn process everything again,
-        unless they differ in `decode` only.
+        """The model's loop settings. New ones make the next turn process everything again that
+        another loop has left in the cache: nothing, if they differ in `decode` only; with
+        `prompt="plain"` before and after, what comes after the first prompt.
         """
         return self.model.loop
 
     @loop.setter
     def loop(self, loop: LoopConfig | None) -> None:
-        before = self.model.loop
+        before, was_plain = self.model.loop, self.model.leaves_prompts_plain
         self.model.loop = loop
         after = self.model.loop
         if (
@@ -73,7 +78,10 @@ class Conversation:
             or after is None
             or replace(before, decode="full") != replace(after, decode="full")
         ):
-            self._forget()
+            if not (was_plain and self.model.leaves_prompts_plain):
+                self._forget()
+            else:
+                self._tokens_fit = self._plain
 
     def reset(self) -> None:
         """Start again, with the same system message."""
@@ -123,6 +131,9 @@ class Conversation:
             if whole and (generated or tokens_seen(cache) is not None):
                 # A cache that does not count its tokens has seen all that were given out.
                 self._tokens = (prompt + generated)[: tokens_seen(cache)]
+                if self._plain == len(prompt) - len(rest) and self.model.leaves_prompts_plain:
+                    all_plain = self.model.is_unlooped
+                    self._plain = len(self._tokens) if all_plain else len(prompt) - 1
             else:
                 # Something broke in the middle of a pass: layers may disagree.
                 self._forget()
@@ -139,7 +150,8 @@ class Conversation:
 
     def _reuse(self, prompt: list[int]) -> tuple[list[Any], list[int]]:
         """The cache cut back to what it has in common with `prompt`, and the rest of that."""
-        common = min(common_prefix_len(self._tokens, prompt), len(prompt) - 1)
+        same = common_prefix_len(self._tokens[: self._tokens_fit], prompt)
+        common = min(same, len(prompt) - 1)
         surplus = len(self._tokens) - common
         if self._cache is not None and surplus:
             if can_trim_prompt_cache(self._cache):
@@ -152,6 +164,7 @@ class Conversation:
                 self._cache = None
         if self._cache is None:
             self._cache, common = make_prompt_cache(self.model, self.max_kv_size), 0
+        self._tokens_fit, self._plain = None, min(self._plain, common)
         return self._cache, prompt[common:]
 
     def _marking(
@@ -172,3 +185,4 @@ class Conversation:
 
     def _forget(self) -> None:
         self._cache, self._tokens, self._bookmark = None, [], None
+        self._plain, self._tokens_fit = 0, None

@@ -20,7 +20,14 @@ from ..upstream import ROTATING_KEEP
 from .prefill import prefill_step
 from .prompt import Prompt, check_prompt, encode
 from .sampling import Sampler
-from .speculative import Drafter, LookupDraft, ModelDraft, SelfDraft, speculative_generate_step
+from .speculative import (
+    Drafter,
+    LookupDraft,
+    ModelDraft,
+    SelfDraft,
+    is_its_own_draft,
+    speculative_generate_step,
+)
 
 
 def make_prompt_cache(model: Looped, max_kv_size: int | None = None) -> list[Any]:
@@ -73,10 +80,11 @@ def stream_generate(
     kv_bits = kwargs.get("kv_bits")
     check_prompt(model, tokens, prompt_cache, max_kv_size, kv_bits, kwargs.get("kv_group_size", 64))
     kwargs.setdefault("prefill_step_size", prefill_step(kv_bits))
-    if draft is None or (draft == "self" and model.is_unlooped):
+    view = model.for_prompt(prompt_cache, len(tokens))
+    if draft is None or is_its_own_draft(model, draft):
         kwargs.pop("num_draft_tokens", None)
         yield from mlx_lm.stream_generate(
-            model.for_prompt(prompt_cache, len(tokens)),
+            view,
             tokenizer,
             tokens,
             max_tokens,
@@ -89,7 +97,7 @@ def stream_generate(
     clock = _Clock(kwargs.pop("prompt_progress_callback", None))
     steps = speculative_generate_step(
         tokens,
-        model,
+        view,
         drafter,
         prompt_cache=prompt_cache,
         context=context,

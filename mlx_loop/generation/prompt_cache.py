@@ -25,19 +25,24 @@ def save_prompt_cache(
     cache: Sequence[Any],
     model: Looped,
     metadata: Mapping[str, str] | None = None,
+    *,
+    holds_no_answer: bool = False,
 ) -> None:
     """Write a cache to a safetensors file, in mlx-lm's format. An existing file is replaced.
 
     Args:
         cache: as filled by `model`.
         metadata: more strings to keep in the file.
+        holds_no_answer: what was fed is the beginning of a prompt. Under `prompt="plain"` and
+            `cache="first"` the file then fits every such setting, and the un-looped model.
 
     Raises:
         UserError: the cache is empty, or the file cannot be written.
     """
     if any(entry.empty() for entry in cache):
         raise UserError("the cache is empty: feed it a prompt before it is saved")
-    made_with = json.dumps({"model": _fingerprint(model), "loop": _settings(model.loop)})
+    loop = None if holds_no_answer and model.leaves_prompts_plain else model.loop
+    made_with = json.dumps({"model": _fingerprint(model), "loop": _settings(loop)})
     with whole_file(Path(path), overwrite=True) as file:
         mlx_lm_save(str(file), list(cache), {**(metadata or {}), _KEY: made_with})
 
@@ -58,7 +63,9 @@ def load_prompt_cache(path: str | Path, model: Looped) -> tuple[list[Any], dict[
     made_with = json.loads(metadata.pop(_KEY, "{}"))
     if made_with.get("model") != _fingerprint(model):
         raise UserError(f"{path} was made with another model, or not by mlx_loop")
-    if made_with["loop"] != _settings(model.loop):
+    # K = 1 leaves what the un-looped model does.
+    fits_plain = made_with["loop"] is None and model.leaves_prompts_plain
+    if made_with["loop"] != _settings(model.loop) and not fits_plain:
         difference = _difference(made_with["loop"], model.loop)
         raise UserError(
             f"{path} was made with other loop settings ({difference}): use those, or make the "

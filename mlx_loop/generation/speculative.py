@@ -19,17 +19,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_reduce
 from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import common_prefix_len
 
 from ..errors import UserError
-from ..method.cache import leaves, rewind, tokens_seen
+from ..method.cache import rewind, tokens_seen
 from ..method.loop import Natural, layer_passes
 from ..method.policies import POLICIES
 from ..models import halves
 from ..models.looped import Looped
-from ..settings import ResolvedLoop
-from ..upstream import NOT_CAUSAL
 from .prefill import PREFILL_STEP, prefill
 from .sampling import Sampler
 
@@ -125,7 +123,7 @@ class ModelDraft:
 
     def __init__(self, model: nn.Module):
         self._model, self._cache = model, make_prompt_cache(model)
-        _check_cache(self._cache)
+        _refuse(halves.untrimmable(self._cache))
         self._seen: list[int] = []
         self._drafted = mx.array([], mx.uint32)
 
@@ -224,32 +222,23 @@ def check(model: Looped, cache: Sequence[Any]) -> None:
                 f"drafting does not work with decode={loop.decode!r}: it saves the cost of loops "
                 "while generating; use decode='full', or no draft"
             )
-        _check_layers(model, loop)
-    _check_cache(cache)
-
-
-def _check_layers(model: Looped, loop: ResolvedLoop) -> None:
-    layers, nested = model.anatomy.layers, model.anatomy.nested
-    # What several caches of a layer mean together, `policies.FirstSideBySide` does not know.
-    together = POLICIES[loop.cache].side_by_side
-    lists = together and any(nested[e] for i in loop.layers for e in layers[i].entries)
-    several = lists or any(layer.results > 1 for layer in layers[: loop.layers[-1] + 1])
-    unmasked = any(layers[i].entries and layers[i].mask is None for i in loop.layers)
-    kinds = {layer.path[:-1] for layer in layers}
-    if several or unmasked or len(kinds) > 1 or model.model_type in NOT_CAUSAL:
-        raise UserError(
-            f"drafting does not work with the model type {model.model_type!r}: its layers hand on "
-            "more than a state and one cache each, or see later tokens; use no draft"
-        )
-
-
-def _check_cache(cache: Sequence[Any]) -> None:
-    for leaf in leaves(cache):
-        if not isinstance(leaf, KVCache | QuantizedKVCache):
+        if loop.gate is not None:
             raise UserError(
-                f"drafting does not work with a {type(leaf).__name__}, which cannot be trimmed "
-                "(--max-kv-size, sliding windows and recurrent layers need it): use no draft"
+                f"drafting does not work with gate={loop.gate!r}, whose un-looped pass is the "
+                "draft: use --draft self, or no draft"
             )
+    _refuse(halves.obstacle(model, cache))
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise UserError(f"drafting does not work with {reason}: use no draft")
+
+
+def is_its_own_draft(model: Looped, draft: Any) -> bool:
+    """Whether nothing is gained by drafting with the un-looped model: that is what runs anyway."""
+    gate = None if model.loop is None else model.loop.gate
+    return draft == "self" and (model.is_unlooped or gate is not None)
 
 
 def speculative_generate_step(

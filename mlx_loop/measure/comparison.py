@@ -22,7 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..generation.generate import stream_generate
 from ..generation.prefill import PREFILL_STEP, prefill
 from ..generation.prompt import check_prompt
-from ..generation.speculative import NUM_DRAFT_TOKENS, Drafter, check
+from ..generation.speculative import NUM_DRAFT_TOKENS, Drafter, check, is_its_own_draft
 from ..method.cache import Bookmark
 from ..models.looped import Looped
 from ..models.together import states
@@ -60,6 +60,7 @@ class Answer:
         departs: number of the first token that is not the un-looped answer's; None: none yet.
         drafted: tokens that came from drafts.
         firings: as `Looped.take_firings`.
+        share: as `Looped.take_share`.
     """
 
     view: Looped
@@ -71,6 +72,7 @@ class Answer:
     drafted: int = 0
     measures: Measures | None = None
     firings: tuple[int, int] = (0, 0)
+    share: tuple[int, int] = (0, 0)
     _seconds: float = 0.0
     _timed: int = 0
     _same: int = 0
@@ -166,7 +168,8 @@ def compare(
     check_prompt(views[0], prompt, caches[0])
     if draft is not None:
         for view, cache in zip(views, caches, strict=True):
-            check(view, cache)
+            if not is_its_own_draft(view, draft):
+                check(view, cache)
     answers = [Answer(view) for view in views]
     with wired_limit(views[0], [generation_stream]):  # type: ignore[list-item]
         _prefill(views, caches, prompt, prefill_step_size, progress)
@@ -190,7 +193,7 @@ def compare(
         finally:
             for stream, view, answer in zip(streams, views, answers, strict=True):
                 stream.close()
-                answer.firings = view.take_firings()
+                answer.firings, answer.share = view.take_firings(), view.take_share()
         for bookmark, cache in zip(bookmarks, caches, strict=True):
             bookmark.go_back(cache)
         _measure(views, caches, [prompt[-1], *answers[0].tokens[:-1]], answers)

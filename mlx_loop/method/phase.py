@@ -1,17 +1,23 @@
-"""Where the prompt ends in a cache: what `LoopConfig.decode` needs to know.
+"""Which tokens loop: where the prompt ends in a cache, and what the settings make of that.
 
 mlx-lm feeds the last prompt token alone, and that token decides the answer, so a single token may
 still be prompt. Whoever knows says so: `Looped.begin_decode`, `Looped.for_prompt`. Until then
-whatever is fed belongs to the prompt.
+`decode` takes whatever is fed for a prompt. `prompt` and `gate` tell the answer's tokens, the last
+one of the prompt and the generated ones, by being fed alone.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
+from ..settings import ResolvedLoop
 from ..upstream import mark, marked
+
+How = Literal["plain", "looped", "gated"]
 
 
 @dataclass
@@ -32,21 +38,44 @@ def announce(cache: list[Any], prompt_end: int) -> None:
     mark(cache, _Phase(prompt_end))
 
 
-def prompt_end(cache: list[Any], length: int) -> int | None:
+def prompt_end(cache: list[Any], length: int, warns: bool) -> int | None:
     """The position from which on tokens are generated, if the next `length` may be among them.
 
     A second single token of which nobody said anything is most likely a generated one, so that
-    is warned of.
+    is warned of where it matters.
     """
     phase: _Phase | None = marked(cache)
     if phase is None or length > 1:
         mark(cache, phase := _Phase())
     if phase.prompt_end is None and length == 1:
         phase.singles += 1
-        if phase.singles == 2:
+        if phase.singles == 2 and warns:
             warnings.warn(
                 "every token loops, whatever decode is set to, until model.begin_decode(cache) "
                 "says that the prompt is complete; mlx_loop.generate says it itself",
                 stacklevel=4,
             )
     return phase.prompt_end
+
+
+def spans(loop: ResolvedLoop, seen: int, length: int, end: int | None) -> list[tuple[slice, How]]:
+    """How the next tokens pass, in parts of the next call.
+
+    Args:
+        seen, length: how many tokens came before, and come now.
+        end: the position from which on tokens are generated; None: nobody knows.
+    """
+    answer: float = seen
+    if loop.prompt == "plain" or loop.gate is not None:
+        answer = end - 1 if end is not None else seen if length == 1 else math.inf
+    stop = math.inf
+    if loop.decode != "full" and end is not None:
+        stop = end + (0 if loop.decode == "bypass" else int(loop.decode))
+    cuts = {seen, seen + length, *(int(x) for x in (answer, stop) if seen < x < seen + length)}
+    found: list[tuple[slice, How]] = []
+    for start, to in pairwise(sorted(cuts)):
+        how: How = "looped" if loop.gate is None else "gated"
+        if start < answer:
+            how = "plain" if loop.prompt == "plain" else "looped"
+        found.append((slice(start - seen, to - seen), "plain" if start >= stop else how))
+    return found

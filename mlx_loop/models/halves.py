@@ -8,17 +8,53 @@ trimmed, and key/value policy `first` or `own`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from ..method.cache import before, rewind, tokens_seen
+from ..method.cache import before, leaves, rewind, tokens_seen
 from ..method.loop import Natural, parts
 from ..method.policies import POLICIES
 from ..method.routing import Frozen
 from ..method.walk import Walk
+from ..upstream import NOT_CAUSAL
 from . import histories
-from .looped import Looped
+
+if TYPE_CHECKING:
+    from .looped import Looped
+
+
+def untrimmable(cache: Sequence[Any]) -> str | None:
+    """What in a cache cannot be cut back to any length; None: nothing."""
+    for leaf in leaves(cache):
+        if not isinstance(leaf, KVCache | QuantizedKVCache):
+            return (
+                f"a {type(leaf).__name__}, which cannot be trimmed (--max-kv-size, sliding windows "
+                "and recurrent layers need it)"
+            )
+    return None
+
+
+def obstacle(model: Looped, cache: Sequence[Any]) -> str | None:
+    """Why a model cannot go in halves with a cache; None: it can."""
+    loop, found = model.loop, untrimmable(cache)
+    if found or loop is None or model.is_unlooped:
+        return found
+    layers, nested = model.anatomy.layers, model.anatomy.nested
+    # What several caches of a layer mean together, `policies.FirstSideBySide` does not know.
+    together = POLICIES[loop.cache].side_by_side
+    lists = together and any(nested[e] for i in loop.layers for e in layers[i].entries)
+    several = lists or any(layer.results > 1 for layer in layers[: loop.layers[-1] + 1])
+    unmasked = any(layers[i].entries and layers[i].mask is None for i in loop.layers)
+    kinds = {layer.path[:-1] for layer in layers}
+    if several or unmasked or len(kinds) > 1 or model.model_type in NOT_CAUSAL:
+        return (
+            f"the model type {model.model_type!r}, whose layers hand on more than a state and one "
+            "cache each, or see later tokens"
+        )
+    return None
 
 
 def plain(model: Looped, tokens: mx.array, cache: list[Any]) -> tuple[mx.array, Natural]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from ..method.anatomy import Anatomy, at, survey
 from ..method.cache import limited, repeated, tokens_seen
 from ..method.guard import Count
 from ..method.loop import Observer, Run
-from ..method.phase import announce, prompt_end
+from ..method.phase import How, announce, prompt_end, spans
 from ..method.plan import is_natural
 from ..method.walk import Walk
 from ..presets import resolve
 from ..settings import LoopConfig, ResolvedLoop
 from . import histories
+from .gate import Share, gated
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Looped(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._known = _Known()
+        self._share = Share()
 
     # --- Settings ---
 
@@ -103,6 +106,7 @@ class Looped(nn.Module):
             if not is_natural(resolved):
                 anatomy.check(resolved)
         self._loop = resolved
+        self._share = Share()
         self._firings = None if resolved is None or resolved.guard is None else Count()
 
     def with_loop(self, loop: LoopConfig | None) -> Looped:
@@ -116,6 +120,12 @@ class Looped(nn.Module):
         """Whether the settings amount to the plain model: none, K = 1, or `anchored` at beta 1."""
         return self._loop is None or is_natural(self._loop)
 
+    @property
+    def leaves_prompts_plain(self) -> bool:
+        """Whether a prompt leaves in the cache what it leaves without a loop."""
+        loop = None if self.is_unlooped else self._loop
+        return loop is None or (loop.prompt == "plain" and loop.cache == "first")
+
     def take_firings(self) -> tuple[int, int]:
         """How often the guard fired: (firings, tokens times loops), since the last call.
 
@@ -124,13 +134,21 @@ class Looped(nn.Module):
         """
         return (0, 0) if self._firings is None else self._firings.take()
 
+    def take_share(self) -> tuple[int, int]:
+        """How many of the answer's tokens the `gate` let loop: (looped, all), since the last call.
+
+        Of this view and those that `for_prompt` made of it. (0, 0) without a gate.
+        """
+        return self._share.take()
+
     # --- Where the prompt ends ---
 
     def begin_decode(self, cache: list[Any]) -> None:
         """Say that the prompt is complete: single tokens fed from now on were generated.
 
-        It matters where `decode` is not `full`. A later call with several tokens starts the next
-        prompt. `mlx_loop.generate` and the commands say it themselves.
+        It matters where `decode` is not `full`, and with `prompt` and `gate`. A later call with
+        several tokens starts the next prompt. `mlx_loop.generate` and the commands say it
+        themselves.
         """
         announce(cache, tokens_seen(cache) or 0)
 
@@ -142,15 +160,16 @@ class Looped(nn.Module):
         view._prompt_end = (tokens_seen(cache) or 0) + length
         return view
 
-    def _count_looped(self, loop: ResolvedLoop, cache: list[Any] | None, length: int) -> int:
-        """How many of the next `length` tokens loop; they are the first ones."""
-        if loop.decode == "full" or cache is None:
-            return length
-        end = prompt_end(cache, length) if self._prompt_end is None else self._prompt_end
+    def _spans(
+        self, loop: ResolvedLoop, cache: list[Any] | None, length: int
+    ) -> list[tuple[slice, How]]:
+        """How the next `length` tokens pass."""
+        seen, end = None if cache is None else tokens_seen(cache), self._prompt_end
+        if cache is None or (loop.decode, loop.prompt, loop.gate) == ("full", "looped", None):
+            return [(slice(0, length), "looped")]
         if end is None:
-            return length
-        generated = 0 if loop.decode == "bypass" else int(loop.decode)
-        return min(max(end + generated - (tokens_seen(cache) or 0), 0), length)
+            end = prompt_end(cache, length, warns=loop.decode != "full")
+        return spans(loop, seen or 0, length, None if seen is None else end)
 
     # --- The forward pass ---
 
@@ -175,19 +194,20 @@ class Looped(nn.Module):
             return _forward(self, inputs, cache, **kwargs)
         given = [value for value in (inputs, *kwargs.values()) if isinstance(value, mx.array)]
         length = max(array.shape[1] for array in given)
-        looped = self._count_looped(loop, cache, length)
-        # The tokens that loop come first and cannot see the others, so they go first.
-        outs = [
-            self._run(
-                _part(inputs, part), cache, loops, {n: _part(v, part) for n, v in kwargs.items()}
-            )
-            for part, loops in ((slice(looped), True), (slice(looped, length), False))
-            if len(range(length)[part])
-        ]
+        outs = []
+        for span, how in self._spans(loop, cache, length):
+            ones = [slice(i, i + 1) for i in range(span.start, span.stop)]
+            for part in ones if how == "gated" else [span]:
+                tokens, rest = _part(inputs, part), {n: _part(v, part) for n, v in kwargs.items()}
+                run = partial(self._run, tokens, cache, rest)
+                if how == "gated" and cache is not None:
+                    outs.append(gated(self, tokens, cache, run, self._share))
+                else:
+                    outs.append(run(how == "looped"))
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
 
     def _run(
-        self, tokens: mx.array | None, cache: list[Any] | None, loops: bool, kwargs: dict[str, Any]
+        self, tokens: mx.array | None, cache: list[Any] | None, kwargs: dict[str, Any], loops: bool
     ) -> mx.array:
         walk = self.walk()
         if loops or histories.per_layer(self) > 1:
@@ -215,7 +235,13 @@ class Looped(nn.Module):
                 will not say where the prompt ends.
         """
         loop = None if self.is_unlooped or self._make_cache is not None else self._loop
-        if loop is not None and loop.decode != "full" and upstream.request().by_mlx_lm:
+        request = upstream.request()
+        if loop is not None and request.drafts and not (loop.prompt == "looped" and not loop.gate):
+            raise UserError(
+                "mlx-lm's speculative decoding feeds an answer like a prompt, several tokens at a "
+                "time, and prompt and gate tell the two apart: use mlx_loop.generate's draft='self'"
+            )
+        if loop is not None and loop.decode != "full" and request.by_mlx_lm:
             raise UserError(
                 f"mlx-lm's own functions do not say where the prompt ends, and decode="
                 f"{loop.decode!r} needs to know: generate with mlx_loop.generate, or make the "
@@ -223,7 +249,7 @@ class Looped(nn.Module):
                 "decode='full'"
             )
         if histories.per_layer(self) > 1:
-            return lambda: self.new_cache(upstream.request().max_kv_size)
+            return lambda: self.new_cache(request.max_kv_size)
         return self._make_cache or super().make_cache  # type: ignore[misc]
 
     @make_cache.setter

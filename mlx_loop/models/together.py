@@ -21,19 +21,21 @@ from .looped import Looped
 def states(
     views: Sequence[Looped], tokens: mx.array, caches: Sequence[list[Any]] | None = None
 ) -> list[mx.array]:
-    """The residual stream after all layers under each view; all tokens loop, as a prompt's do.
+    """The residual stream after all layers under each view, of tokens as those of a prompt pass.
 
     Args:
         views: of one model.
         tokens: (batch, length), int.
-        caches: one for each view, of equal content below the windows; None: none.
+        caches: one for each view, of equal content below the windows; None: none, and the tokens
+            loop under `prompt="plain"` too.
 
     Returns:
         (batch, length, hidden) for each view; `logits` makes logits of them.
     """
-    starts = [_start(view) for view in views]
+    starts = [_start(view, caches is not None) for view in views]
     order = sorted(range(len(views)), key=starts.__getitem__, reverse=True)
     first = order[0]
+    theirs = histories.faces(views[first], None if caches is None else caches[first]) or []
     found: dict[int, mx.array] = {}
     known: dict[int, Any] = {}
     for number in order:
@@ -41,16 +43,19 @@ def states(
         results: dict[int, Any] = {}
         walk = view.walk()
         cache = None if caches is None else caches[number]
-        if not view.is_unlooped:
-            view.run(cache).put_into(walk)
+        loops = starts[number] < len(view.layers)
+        if loops or histories.per_layer(view) > 1:
+            view.run(cache).put_into(walk, loops)
         if number == first:
             walk.keep(range(max((starts[i] for i in order[1:]), default=0)), known)
         else:
             for i in range(starts[number]):
-                used = view.anatomy.layers[i].entries
-                pairs = (
-                    [] if caches is None else [(caches[number][e], caches[first][e]) for e in used]
-                )
+                entries = view.anatomy.layers[i].entries if cache is not None else ()
+                pairs = [
+                    (mine, theirs[e])
+                    for e in entries
+                    for mine in histories.of_entry(view, cache or [], e)
+                ]
                 walk.put(i, _from_memory(known[i], pairs))
         last = len(view.layers) - 1
         walk.keep([last], results)
@@ -77,11 +82,12 @@ def _from_memory(result: Any, entries: Sequence[tuple[Any, Any]]) -> Callable[..
     return answer
 
 
-def _start(view: Looped) -> int:
+def _start(view: Looped, is_prompt: bool) -> int:
     """How many layers come before a view's window; all, where nothing loops."""
-    if view.is_unlooped or view.loop is None:
+    loop = None if view.is_unlooped else view.loop
+    if loop is None or (is_prompt and loop.prompt == "plain"):
         return len(view.layers)
-    return view.loop.layers[0]
+    return loop.layers[0]
 
 
 def logits(model: Looped, state: mx.array) -> mx.array:

@@ -34,6 +34,8 @@ def notes(answer: Answer, base: Answer) -> list[str]:
             lines.append(f"agreement {measures.agreement:.0%}")
         if answer.loop.guard is not None and answer.firings[1]:
             lines.append("guard fired {} of {} times".format(*answer.firings))
+        if answer.loop.gate is not None:
+            lines.append("{} of {} tokens looped".format(*answer.share))
     return lines
 
 

@@ -179,6 +179,9 @@ class Compare(Session):
             "guard": {"fired": answer.firings[0], "loops": answer.firings[1]}
             if answer.loop is not None and answer.loop.guard is not None
             else None,
+            "gate": {"looped": answer.share[0], "tokens": answer.share[1]}
+            if answer.loop is not None and answer.loop.gate is not None
+            else None,
             "notes": notes(answer, base),
         }
 

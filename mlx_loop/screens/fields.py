@@ -108,7 +108,10 @@ def check_read(names: Iterable[str], loops: Sequence[LoopConfig]) -> None:
 
 def _window(text: str) -> tuple:
     kind = float if "." in text else int
-    found = [tuple(map(kind, pair.split(":"))) for pair in text.split("+")]
+    found = []
+    for pair in text.split("+"):
+        start, stop = pair.split(":")
+        found.append((kind(start), kind(stop)))
     return found[0] if len(found) == 1 else tuple(found)
 
 
@@ -132,6 +135,10 @@ def _guard(text: str) -> Guard | None:
         return Guard(float(growth))
     low, high = band.split(":")
     return Guard(float(growth), (float(low), float(high)))
+
+
+def _gate(text: str) -> str | None:
+    return None if text == "off" else text
 
 
 def _choice(field: str, help_text: str, metavar: str = "") -> Setting:
@@ -185,6 +192,16 @@ SETTINGS: dict[str, Setting] = {
         "full, bypass or a number of tokens",
         "{full,bypass,N}",
         "which generated tokens loop: all, none, or the first N",
+    ),
+    "prompt": _choice(
+        "prompt", "plain: of the prompt only the last token loops, so it costs nothing extra"
+    ),
+    "gate": Setting(
+        _gate,
+        "entropy:NATS, as entropy:1.0, or off",
+        "entropy:NATS",
+        "of the answer's tokens loop those whose plain prediction has at least this entropy; the "
+        "others cost a plain pass (off: all loop)",
     ),
     "alpha": Setting(
         _alpha,

@@ -175,6 +175,10 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
     add(parser, "--plot", "draw them: FILE.png, and FILE-dark.png for dark pages", str, "FILE")
 
 
+# The flags of fields whose own names are taken: --prompt is the text.
+FLAGS = {"prompt": "loop-prompt"}
+
+
 def add_loop_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """One option per field of `LoopConfig`.
 
@@ -191,7 +195,7 @@ def add_loop_options(parser: argparse.ArgumentParser, several: bool = False) -> 
     what = "published settings to start from: the paper's, or its authors' for long answers"
     add(group, "--recipe", what, str, choices=list(RECIPES))
     for name, setting in SETTINGS.items():
-        add(group, f"--{name}", setting.help, str, setting.metavar)
+        add(group, f"--{FLAGS.get(name, name)}", setting.help, str, setting.metavar)
 
 
 def apply_loop(args: argparse.Namespace, model: Looped) -> None:
@@ -221,7 +225,7 @@ def _given_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parsed(args: argparse.Namespace, parse: Callable[[str, str], Any]) -> dict[str, Any]:
-    texts = {name: getattr(args, name) for name in SETTINGS}
+    texts = {name: getattr(args, FLAGS.get(name, name).replace("-", "_")) for name in SETTINGS}
     return {name: parse(name, text) for name, text in texts.items() if text is not None}
 
 

@@ -173,8 +173,11 @@ def extra_cost(model: Looped) -> str:
     """What looping adds, in layer passes per looped token."""
     layers = len(model.layers)
     extra = layer_passes(model.loop, layers) / layers - 1
-    decode = "full" if model.loop is None else str(model.loop.decode)
+    loop = model.loop
+    decode = "full" if loop is None else str(loop.decode)
     where = {"full": "", "bypass": ", prompt only"}.get(decode, f", first {decode} tokens")
+    if loop is not None and loop.prompt == "plain":
+        where += ", not the prompt"
     return f"+{extra:.0%} layer passes{where}"
 
 
@@ -192,6 +195,8 @@ def numbers(answer: Streamed, model: Looped) -> str:
         parts.append(extra_cost(model))
     if model.loop is not None and model.loop.guard is not None:
         parts.append("guard fired {} of {} times".format(*model.take_firings()))
+    if model.loop is not None and model.loop.gate is not None:
+        parts.append("{} of {} tokens looped".format(*model.take_share()))
     if answer.drafted:
         parts.append(f"{answer.drafted / last.generation_tokens:.0%} of tokens drafted")
     return " · ".join([*parts, f"peak {last.peak_memory:.2f} GB"])

@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     with interruptible() as stop, prompt_progress(step, stop) as progress:
         steps = generate_step(
             mx.array(tokens),
-            model.for_prompt(cache, len(tokens)),
+            # The prompt goes on, so none of these tokens decides the answer.
+            model.for_prompt(cache, len(tokens) + 1),
             max_tokens=0,
             prompt_cache=cache,
             prefill_step_size=step,
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
                 pass
         except Interrupted:
             return INTERRUPTED
-    save_prompt_cache(args.prompt_cache_file, cache, model, {"model": args.model})
+    source = {"model": args.model}
+    save_prompt_cache(args.prompt_cache_file, cache, model, source, holds_no_answer=True)
     size = sum(entry.nbytes for entry in cache)
     err.print(f"{len(tokens)} tokens, {size / 1e6:.1f} MB, in {args.prompt_cache_file}")
     return 0

@@ -98,6 +98,9 @@ def _report(name: str, model: Looped, answer: Streamed) -> dict[str, Any]:
     if model.loop is not None and model.loop.guard is not None:
         fired, loops = model.take_firings()
         report["guard"] = {"fired": fired, "loops": loops}
+    if model.loop is not None and model.loop.gate is not None:
+        looped, tokens = model.take_share()
+        report["gate"] = {"looped": looped, "tokens": tokens}
     if answer.last is not None:
         report |= {
             "finish_reason": report["finish_reason"] or answer.last.finish_reason,
