@@ -25,32 +25,30 @@ DEFAULT_WIDTH = 4
 # The best centres lie at 0.43 to 0.71 of the depth (the same paper, section on the window).
 DEFAULT_CENTRE = 0.47
 
-# The authors' best for long answers, on Qwen3-30B-A3B: layers [29, 33) of 48.
-_GENERATIVE = LoopConfig(
-    window=(29 / 48, 33 / 48),
-    loops=6,
+# The paper's recipe for all model families: anchored Runge-Kutta over the whole window.
+_PAPER = LoopConfig(
+    loops=3,
     integrator="anchored",
     beta=0.5,
+    scope="block",
+    routing="live",
+    norm="free",
+    cache="first",
+    decode="full",
+)
+# The authors' best for long answers, on Qwen3-30B-A3B: layers [29, 33) of 48.
+_GENERATIVE = replace(
+    _PAPER,
+    window=(29 / 48, 33 / 48),
+    loops=6,
     scope="layer",
     routing="frozen",
     norm="interpolated",
-    cache="first",
-    decode="full",
 )
 
 # Settings as published, by name; a window of fractions fits any depth.
 RECIPES = {
-    # The paper's recipe for all model families: anchored Runge-Kutta over the whole window.
-    "paper": LoopConfig(
-        loops=3,
-        integrator="anchored",
-        beta=0.5,
-        scope="block",
-        routing="live",
-        norm="free",
-        cache="first",
-        decode="full",
-    ),
+    "paper": _PAPER,
     "generative": _GENERATIVE,
     # Twice the integration time; with four times they saw answers collapse.
     "generative-t2": replace(_GENERATIVE, horizon=2.0),

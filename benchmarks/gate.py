@@ -1,0 +1,104 @@
+"""What drafts and a gate are worth on a released model: when the un-looped one says the same.
+
+    python benchmarks/gate.py FOLDER --loops 6 --horizon 1,2 --max-tokens 60 >> table.md
+
+Each prompt is answered greedily by the looped model. At every token of the answer the un-looped
+pass is made too, from the looped model's own keys and values: what a self-draft and a gate see.
+`same` is the share of tokens where both rank the same token first, with its 95 % interval over
+prompts. For each limit of entropy, in nats: the share of tokens that would loop, the layers that
+are read per token over those of the un-looped model, in this model and at 4 of 36 layers, and the
+share of tokens that the gate changes: sure, and yet other than the looped model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+import mlx_loop
+from mlx_loop import LoopConfig
+from mlx_loop.generation.prompt import render
+from mlx_loop.measure.significance import bootstrap_mean
+from mlx_loop.method.loop import layer_passes
+from mlx_loop.models import halves
+from mlx_loop.models.gate import entropy
+from mlx_loop.models.looped import Looped
+
+# Prompts of several kinds.
+PROMPTS = (
+    "Explain in simple words why the sky is blue.",
+    "Write a Python function that checks whether a string is a palindrome.",
+    "What is 17 times 6? Show how you get there.",
+    "List five things to pack for a week in the mountains.",
+    "Write the first lines of a story about a lighthouse keeper who is afraid of the sea.",
+    "Translate into French: The train leaves at nine o'clock tomorrow morning.",
+    "Summarise in one sentence: Bees collect nectar, carry it home and turn it into honey, which "
+    "feeds the hive through the winter, when there are no flowers.",
+    "Which is heavier, a kilogram of feathers or a kilogram of iron, and why?",
+    "Rewrite politely: Send me the report now.",
+    "Write a SQL query that counts the orders of each customer in a table called orders.",
+    "Anna is older than Ben. Ben is older than Carl. Who is the youngest?",
+    "Name three causes of the French Revolution.",
+)
+LIMITS = (0.1, 0.3, 0.5, 1.0, 1.5, 2.0)
+
+
+def watch(looped: Looped, prompt: list[int], stop: set[int], most: int) -> np.ndarray:
+    """Of each token of the answer: whether the un-looped pass says the same, and its entropy."""
+    cache, found = looped.new_cache(), []
+    looped(mx.array([prompt[:-1]]), cache=cache)
+    token = prompt[-1]
+    while len(found) < most and token not in stop:
+        tokens = mx.array([[token]])
+        plain, natural = halves.plain(looped, tokens, cache)
+        said = halves.looped(looped, tokens, cache, natural)
+        token = int(mx.argmax(said[0, -1]))
+        found.append((int(mx.argmax(plain[0, -1])) == token, float(entropy(plain[0, -1]))))
+    return np.array(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="a checkpoint")
+    parser.add_argument("--loops", type=int, default=6, metavar="K", help="default: 6")
+    parser.add_argument("--horizon", default="1,2", metavar="T,T,...", help="default: 1,2")
+    parser.add_argument("--max-tokens", type=int, default=60, metavar="N", help="default: 60")
+    args = parser.parse_args()
+    model, tokenizer = mlx_loop.load(args.folder, dtype="float32")
+    machine = f"{os.cpu_count()}-core {platform.machine()} {platform.system()}, float32"
+    for horizon in map(float, args.horizon.split(",")):
+        looped = model.with_loop(LoopConfig(loops=args.loops, horizon=horizon))
+        assert looped.loop is not None
+        stop, answers = set(tokenizer.eos_token_ids), []
+        title = f"{args.folder.name}, T = {horizon:g}"
+        console = Console(stderr=True)
+        for text in track(PROMPTS, title, console=console, transient=True):
+            prompt = render(tokenizer, [{"role": "user", "content": text}])
+            answers.append(watch(looped, prompt, stop, args.max_tokens))
+        every = np.concatenate(answers)
+        low, high = bootstrap_mean([answer[:, 0].mean() for answer in answers])
+        layers, top = len(model.layers), looped.loop.layers[-1] + 1
+        whole = layer_passes(looped.loop, layers) / layers
+        print(f"\n`{args.folder.name}`, {looped.loop}; {len(every)} tokens, {machine}.")
+        print(f"Same: {every[:, 0].mean():.3f} [{low:.3f}, {high:.3f}]; all loop: {whole:.3f}.\n")
+        print("| limit | loops | reads | 4 of 36 | changed |\n| --- | --- | --- | --- | --- |")
+        for limit in LIMITS:
+            unsure = every[:, 1] >= limit
+            share = float(unsure.mean())
+            changed = float((~unsure & (every[:, 0] == 0)).mean())
+            reads = 1 + share * (whole - 1 + (layers - top) / layers)
+            wide = 1 + share * (4 * (args.loops - 1) + 36 - 19) / 36
+            print(f"| {limit} | {share:.3f} | {reads:.3f} | {wide:.3f} | {changed:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
