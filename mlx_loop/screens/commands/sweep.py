@@ -57,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_max_tokens(parser, None, " (default: 64)")
     add(parser, "--batch-size", "questions at a time (default: 32; of choices 8)", positive, "N")
     options.add_model_options(parser)
+    options.add_dtype(parser)
     options.add_loop_options(parser, several=True)
     options.add_template_options(parser)
 
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     header = {
         "model": args.model,
         "adapter": args.adapter_path,
+        "dtype": args.dtype,
         "data": data[0] if len(data) == 1 else data,
         **{name: getattr(task, name, None) for name in ASKED if name != "batch"},
         "measure": "task" if kinds == ["questions"] else kinds[0],
