@@ -17,7 +17,9 @@ SETTINGS = [
     LoopConfig(loops=2, window=(3, 6), cache="own"),
     LoopConfig(loops=3, window=(2, 5), decode="bypass"),
     LoopConfig(loops=3, window=(2, 5), decode=2),
-    LoopConfig(loops=3, window=(2, 5), decode=1, cache="own"),
+    LoopConfig(loops=3, window=(2, 5), prompt="plain"),
+    LoopConfig(loops=3, window=(2, 5), gate="entropy:3"),
+    LoopConfig(loops=2, window=((1, 3), (5, 6))),
 ]
 PROMPTS = [[5, 9, 2, 7, 11], [8, 3], [4, 4, 6, 1, 9, 12, 30, 2, 2, 7, 31], [17]]
 ENDINGS = [[[3, 4], [9]], [[6, 1, 9, 12, 7, 8, 9, 1, 2, 3]], [[3], [8], [5]], [[1, 2], [2, 1, 3]]]

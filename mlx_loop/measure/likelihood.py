@@ -7,9 +7,8 @@ the prompt's later passes, as they would if prompt and continuation were fed in 
 
 A prompt is fed once for all of its continuations, and the layers below the windows are computed
 once for all settings (`together`). Padding is on the right, where causal attention does not look.
-Prompts and continuations are fed one by one where a cache cannot be merged or takes padding in, and
-where `decode` splits a continuation: mlx-lm's rotating caches of a batch do not take several tokens
-after a single one.
+Continuations are fed one by one where a cache cannot be merged or takes padding in, and where it
+matters which tokens are the answer.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from ..generation.batch import batched, merges
 from ..generation.prefill import PREFILL_STEP
 from ..models.looped import Looped
 from ..models.together import logits, states
+from ..upstream import NOT_CAUSAL
 
 # States of which logits are made at a time, which bounds the memory.
 CHUNK = 64
@@ -40,49 +40,76 @@ def log_likelihoods(
     """log p(continuation | prompt) in nats, of each view, prompt and continuation of it.
 
     Args:
-        views: of one model. A continuation counts as generated where `decode` is not `full`.
+        views: of one model. A continuation is what a view generates, as far as that matters to it.
         prompts: token ids, at least one each.
         endings: the continuations of each prompt: token ids, at least one each.
         step: prompt tokens that are fed at a time.
     """
-    alone = not all(merges(view.new_cache(), uneven=True) and not _splits(view) for view in views)
-    if alone and len(prompts) > 1:
-        each = [
-            log_likelihoods(views, [prompt], [of], step)
-            for prompt, of in zip(prompts, endings, strict=True)
-        ]
-        return [list(chain.from_iterable(of)) for of in zip(*each, strict=True)]
+    shared = [i for i, view in enumerate(views) if _can_share(view)]
+    found = dict(
+        zip(shared, _together([views[i] for i in shared], prompts, endings, step), strict=True)
+    )
+    return [
+        found.get(i) or [_alone(view, *pair, step) for pair in zip(prompts, endings, strict=True)]
+        for i, view in enumerate(views)
+    ]
 
+
+def _can_share(view: Looped) -> bool:
+    """Whether it can be a batch with padding, and an answer passes as a prompt does."""
+    takes_padding = merges(view.new_cache(), uneven=True) and view.model_type not in NOT_CAUSAL
+    return takes_padding and not view.tells_tokens_apart
+
+
+def _alone(view: Looped, prompt: Tokens, endings: Sequence[Tokens], step: int) -> list[float]:
+    cache, found = view.new_cache(), []
+    view = view.for_prompt(cache, len(prompt))
+    for start in range(0, len(prompt), step):
+        last = view(padded([prompt[start : start + step]]), cache=cache)[:, -1:]
+        mx.eval(last, [entry.state for entry in cache])
+    for ending in endings:
+        rows = [last]
+        if len(ending) > 1:
+            rows.append(view(padded([ending[:-1]]), cache=copy.deepcopy(cache)))
+        chances = _log_probabilities(mx.concatenate(rows, axis=1)[0], padded([ending]).T)
+        found.append(float(chances.sum()))
+    return found
+
+
+def _together(
+    views: Sequence[Looped],
+    prompts: Sequence[Tokens],
+    endings: Sequence[Sequence[Tokens]],
+    step: int,
+) -> list[list[list[float]]]:
+    if not views:
+        return []
     lengths = [len(prompt) for prompt in prompts]
     padding = [max(lengths) - length for length in lengths]
-    caches = [view.new_cache() if alone else batched(view, lengths, padding) for view in views]
-    first = _feed_prompts(views, prompts, caches, step)
-    # What is known of a state: that these tokens follow it.
+    caches = [batched(view, lengths, padding) for view in views]
+    # States, and for each one the tokens that may follow it: first the prompts' last ones.
+    found = [[state] for state in _feed_prompts(views, prompts, caches, step)]
     after: list[Tokens] = [[ending[0] for ending in of] for of in endings]
-    found = [[state] for state in first]
-    for cache in caches if any(padding) else ():
-        for entry in cache:
-            entry.finalize()
-    longer = [(i, end) for i, of in enumerate(endings) for end in of if len(end) > 1]
-    if longer and not alone:
-        for cache in caches:
-            for entry in cache:
-                entry.filter([i for i, _ in longer])
-    for group in [[one] for one in longer] if alone else [longer] if longer else []:
-        rows = [ending[:-1] for _, ending in group]
-        of_views = _continue(views, rows, copy.deepcopy(caches) if alone else caches)
+    longer = [(i, ending) for i, of in enumerate(endings) for ending in of if len(ending) > 1]
+    if longer:
+        for entry in chain.from_iterable(caches):
+            if any(padding):
+                entry.finalize()
+            # The row of its prompt for each continuation.
+            entry.filter([i for i, _ in longer])
+        rows = [ending[:-1] for _, ending in longer]
         at = [(i, j) for i, row in enumerate(rows) for j in range(len(row))]
-        row, column = map(mx.array, zip(*at, strict=True))
-        for states_of, state in zip(found, of_views, strict=True):
-            states_of.append(state[..., row, column, :])
-        after += [[token] for _, ending in group for token in ending[1:]]
+        row, column = (mx.array(of) for of in zip(*at, strict=True))
+        for parts, state in zip(found, states(views, padded(rows), caches), strict=True):
+            parts.append(state[..., row, column, :])
+        after += [[token] for _, ending in longer for token in ending[1:]]
     results = []
-    for states_of in found:
-        chances = _log_probabilities(views[0], mx.concatenate(states_of, axis=-2), after)
+    for parts in found:
+        chances = _chances(views[0], mx.concatenate(parts, axis=-2), after)
         rest = iter(chances[len(prompts) :])
         results.append(
             [
-                [chance + sum(next(rest)[0] for _ in end[1:]) for chance, end in pairs]
+                [chance + sum(next(rest)[0] for _ in ending[1:]) for chance, ending in pairs]
                 for pairs in map(zip, chances, endings)
             ]
         )
@@ -108,49 +135,13 @@ def _feed_prompts(
     return found
 
 
-def _continue(
-    views: Sequence[Looped], rows: Sequence[Tokens], caches: list[list[Any]]
-) -> list[mx.array]:
-    """The states of tokens that follow prompts, (..., rows, length, hidden) under each view."""
-    tokens = padded(rows)
-    found: dict[int, mx.array] = {}
-    counts = [_count_looped(view, tokens.shape[1]) for view in views]
-    for count in set(counts):
-        group = [i for i, n in enumerate(counts) if n == count]
-        parts = [
-            states([views[i] for i in group], tokens[:, part], [caches[i] for i in group], loops)
-            for part, loops in ((slice(count), True), (slice(count, None), False))
-            if tokens[:, part].size
-        ]
-        found |= {
-            i: mx.concatenate(list(of), axis=-2)
-            for i, of in zip(group, zip(*parts, strict=True), strict=True)
-        }
-    return [found[i] for i in range(len(views))]
-
-
-def _splits(view: Looped) -> bool:
-    """Whether a part of a continuation loops, and the rest does not."""
-    return view.loop is not None and view.loop.decode not in ("full", "bypass")
-
-
-def _count_looped(view: Looped, length: int) -> int:
-    """How many of `length` generated tokens loop; they are the first ones."""
-    decode = "full" if view.loop is None else view.loop.decode
-    if decode == "full":
-        return length
-    return 0 if decode == "bypass" else min(int(decode), length)
-
-
 def padded(rows: Sequence[Tokens]) -> mx.array:
     """(rows, length of the longest), int, with zeros on the right."""
     longest = max(map(len, rows))
     return mx.array([[*row, *[0] * (longest - len(row))] for row in rows], mx.int32)
 
 
-def _log_probabilities(
-    model: Looped, state: mx.array, after: Sequence[Tokens]
-) -> list[list[float]]:
+def _chances(model: Looped, state: mx.array, after: Sequence[Tokens]) -> list[list[float]]:
     """For each state log p of each of the tokens that may follow it.
 
     Args:
@@ -159,8 +150,14 @@ def _log_probabilities(
     targets, found = padded(after), []
     for start in range(0, len(after), CHUNK):
         part = slice(start, start + CHUNK)
-        wide = logits(model, state[..., None, part, :])[0].astype(mx.float32)
-        chosen = mx.take_along_axis(wide, targets[part], axis=-1)
-        found.append(chosen - mx.logsumexp(wide, axis=-1, keepdims=True))
+        of_part = logits(model, state[..., None, part, :])[0]
+        found.append(_log_probabilities(of_part, targets[part]))
         mx.eval(found[-1])
     return mx.concatenate(found).tolist()  # type: ignore[return-value]
+
+
+def _log_probabilities(logits: mx.array, tokens: mx.array) -> mx.array:
+    """Of logits (states, vocab), for tokens (states, some), in float32."""
+    wide = logits.astype(mx.float32)
+    chosen = mx.take_along_axis(wide, tokens, axis=-1)
+    return chosen - mx.logsumexp(wide, axis=-1, keepdims=True)
