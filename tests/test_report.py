@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mlx_loop import UserError
-from mlx_loop.measure.outcome import conclusion, outcomes
-from mlx_loop.measure.report import read, spearman, split, write
+from mlx_loop.measure.outcome import conclusion, outcomes, split
+from mlx_loop.measure.report import read, spearman, write
 from mlx_loop.measure.study import RESULTS
 
 BASE = {"window": [4, 8], "integrator": "anchored", "beta": 0.5, "cache": "first"}

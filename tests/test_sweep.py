@@ -12,7 +12,7 @@ from conftest import make, tokens
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
 from mlx_loop.measure.comparison import distinct, kl
-from mlx_loop.measure.outcome import Outcome, Scores, best, conclusion, outcomes
+from mlx_loop.measure.outcome import Outcome, Scores, best, conclusion, held_out, outcomes, split
 from mlx_loop.measure.results import Results
 from mlx_loop.measure.study import complete, gather, run
 from mlx_loop.measure.tasks.questions import QUESTIONS, Questions, is_right, read_questions
@@ -196,6 +196,24 @@ def test_the_best_loss_is_the_lowest():
     assert best([higher]) is None
 
 
+def test_what_one_half_chooses_the_other_half_judges():
+    problems = [("", None, i) for i in range(200)]
+    held = np.array(split(problems, 0.5))
+    lucky = np.where(held, 0.0, 1.0)
+    scores = Scores([None, *LOOPS], problems, np.array([held * 0, lucky, lucky * 0.9]), 200)
+    found = held_out(scores, 0.5)
+    assert (found.winner.loop, found.tried) == (LOOPS[0], 2)
+    assert (found.winner.change, found.winner.verdict) == (0, "no detectable difference")
+    real = Scores([None, *LOOPS], problems, np.array([held * 0, lucky * 0 + 1, lucky]), 200)
+    found = held_out(real, 0.5)
+    assert (found.winner.loop, found.winner.verdict) == (LOOPS[0], "better")
+    # The same setting by another score, of which less is better.
+    loss = Scores([None, *LOOPS], problems, -real.values, 200, better=-1, unit="nats")
+    assert held_out(loss, 0.5, LOOPS[1]).winner.loop == LOOPS[1]
+    assert held_out(loss, 0.5).winner.verdict == "better"
+    assert held_out(loss.of(lambda problem: problem[2] == 0), 0.5) is None
+
+
 @pytest.mark.parametrize("unit", ["%", "nats"])
 def test_a_single_item_has_a_wide_interval(unit):
     scores = Scores([None, LOOPS[0]], [("", None, 0)], np.array([[1.0], [1.0]]), 1, unit=unit)
@@ -231,7 +249,7 @@ def test_a_text_by_the_command(tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path / "r.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "loss" in out
-    assert "does not promise" in out
+    assert "No setting is recommended: loss does not predict answers" in out
 
 
 @pytest.mark.parametrize(

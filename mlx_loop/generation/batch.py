@@ -43,7 +43,7 @@ def answer_batch(
         step: prompt tokens processed at a time.
     """
     uneven = len(set(map(len, prompts))) > 1
-    if len(prompts) > 1 and not all(_merges(view.new_cache(), uneven) for view in views):
+    if len(prompts) > 1 and not all(merges(view.new_cache(), uneven) for view in views):
         alone = [list(answer_batch(views, [prompt], ends, max_tokens, step)) for prompt in prompts]
         for parts in zip(*alone, strict=True):
             seconds_of_view = sum(seconds for _, _, seconds in parts)
@@ -53,7 +53,7 @@ def answer_batch(
     padding = [max(lengths) - length for length in lengths]
     rows = [[*prompt[:-1], *[0] * pad] for prompt, pad in zip(prompts, padding, strict=True)]
     tokens, last = mx.array(rows, mx.int32), mx.array([prompt[-1:] for prompt in prompts])
-    caches: list[list[Any]] = [_batched(view, lengths, padding) for view in views]
+    caches: list[list[Any]] = [batched(view, lengths, padding) for view in views]
     with wired_limit(views[0], [generation_stream]), mx.stream(generation_stream):  # type: ignore[list-item]
         seconds = [0.0] * len(views)
 
@@ -76,10 +76,10 @@ def answer_batch(
             yield i, answers, seconds[i] + time.perf_counter() - start
 
 
-def _batched(view: Looped, lengths: Sequence[int], padding: Sequence[int]) -> list[Any]:
+def batched(view: Looped, lengths: Sequence[int], padding: Sequence[int]) -> list[Any]:
     """An empty cache for rows of such lengths with so much padding on the right."""
     rows = [view.new_cache() for _ in padding]
-    if not _merges(rows[0]):
+    if not merges(rows[0]):
         (cache,) = rows
         return cache
     batch = [entries[0].merge(list(entries)) for entries in zip(*rows, strict=True)]
@@ -89,7 +89,8 @@ def _batched(view: Looped, lengths: Sequence[int], padding: Sequence[int]) -> li
     return batch
 
 
-def _merges(cache: list[Any], uneven: bool = False) -> bool:
+def merges(cache: list[Any], uneven: bool = False) -> bool:
+    """Whether caches like this empty one can be a batch; uneven: of rows that need padding."""
     entries = [*cache, *leaves(cache)]
     recurrent = any(isinstance(entry, ArraysCache) for entry in entries)
     return all(hasattr(entry, "merge") for entry in entries) and not (uneven and recurrent)

@@ -132,6 +132,78 @@ def outcomes(scores: Scores, chosen: int | None = None) -> list[Outcome]:
     return [replace(outcome, p=p) for outcome, p in zip(found, adjusted, strict=True)]
 
 
+def split(problems: Sequence[Problem], share: float) -> list[bool]:
+    """Whether each problem is held out: this share of every task and length.
+
+    It depends on the problem alone, so that a study that goes on keeps its split. Problems are
+    independent of their numbers, so multiples of the golden ratio are as good as chance, and they
+    divide every few neighbours as evenly as can be.
+    """
+    golden = (5**0.5 - 1) / 2
+    return [(index + 1) * golden % 1 < share for _, _, index in problems]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A setting that was chosen on one part of the problems, on the other part.
+
+    Args:
+        plain, winner: no looping and the chosen setting, on the problems held out. It is one test:
+            these problems had no part in the choice.
+        chosen_on, reported_on: numbers of problems.
+        tried: settings that there was a choice of.
+    """
+
+    plain: Outcome
+    winner: Outcome
+    chosen_on: int
+    reported_on: int
+    tried: int
+
+    def __str__(self) -> str:
+        return (
+            f"Best of {self.tried} settings on {self.chosen_on} problems: {self.winner.name}. On "
+            f"the other {self.reported_on} problems it scores {self.compared}."
+        )
+
+    @property
+    def compared(self) -> str:
+        """Both scores, their difference and what it says."""
+        points = "points" if self.winner.unit == "%" else self.winner.unit
+        return (
+            f"{self.winner.said()} and no looping {self.plain.said()}: "
+            f"{self.winner.said_change()} {points}, p = {self.winner.p:.2g}, {self.winner.verdict}"
+        )
+
+
+def held_out(scores: Scores, share: float, loop: ResolvedLoop | None = None) -> HeldOut | None:
+    """The best setting on some problems, and what it does on this share of them.
+
+    Args:
+        loop: the setting, where another score has chosen it.
+
+    Returns:
+        None: there are too few problems to split.
+    """
+    held = dict(zip(scores.problems, split(scores.problems, share), strict=True))
+    choosing, reporting = scores.of(lambda p: not held[p]), scores.of(lambda p: held[p])
+    if not choosing.problems or not reporting.problems:
+        return None
+    means = scores.better * choosing.values[1:].mean(axis=1)
+    chosen = 1 + int(means.argmax()) if loop is None else scores.settings.index(loop)
+    plain, winner = outcomes(reporting, chosen)
+    sizes = len(choosing.problems), len(reporting.problems)
+    return HeldOut(plain, winner, *sizes, len(scores.settings) - 1)
+
+
+def said_held_out(held: HeldOut | None, others: Mapping[str, Scores], share: float) -> list[str]:
+    """`held` in sentences, and the same setting by other scores of the same problems."""
+    if held is None:
+        return ["There are too few problems to split."]
+    same = {title: held_out(scores, share, held.winner.loop) for title, scores in others.items()}
+    return [str(held), *(f"By {title}: {of.compared}." for title, of in same.items() if of)]
+
+
 def best(found: Sequence[Outcome]) -> Outcome | None:
     """The setting with the best mean of those distinguishably better than no looping, if any."""
     won = [outcome for outcome in found if outcome.verdict == "better"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +17,21 @@ from ..files import whole_file
 from ..settings import ResolvedLoop
 from .document import Block, Picture, Table, Text, markdown, page
 from .drift import MEASURES
-from .outcome import HEADER, Outcome, Problem, Scores, conclusion, outcomes, rows
+from .outcome import (
+    HEADER,
+    Outcome,
+    Problem,
+    Scores,
+    conclusion,
+    held_out,
+    outcomes,
+    rows,
+    said_held_out,
+)
 from .plots import draw_accuracy, draw_lengths, save
 from .results import Row, key, read_lines
 from .study import DRIFT, RESULTS, SECONDS
+from .tasks import FROM_FILES
 from .trace import worst
 
 SOURCE = "Training-Free Looped Transformers, arXiv 2605.23872"
@@ -45,11 +57,30 @@ def read(folder: Path) -> Scores:
     Raises:
         UserError: no problem is complete, or the file cannot be read.
     """
+    found = _scores(folder, SCORES)
+    if found is None:
+        raise UserError("no problem has an answer of every setting yet: run it again to go on")
+    return found
+
+
+def beside(folder: Path) -> dict[str, Scores]:
+    """The other scores in a study's folder, by which settings are compared too."""
+    known = dict.fromkeys(score for task in FROM_FILES.values() for score in task.beside)
+    found = ((score, _scores(folder, [score.name])) for score in known)
+    return {
+        score.title: replace(scores, better=score.better, unit=score.unit)
+        for score, scores in found
+        if scores is not None
+    }
+
+
+def _scores(folder: Path, names: Sequence[str]) -> Scores | None:
+    """The first of these numbers that a row has, of complete problems; None: there are none."""
     header, *lines = read_lines(folder / RESULTS)
     settings: dict[str, ResolvedLoop | None] = {}
     found: dict[str, dict[Problem, float]] = defaultdict(dict)
     for row in lines:
-        score = next((row[name] for name in SCORES if name in row), None)
+        score = next((row[name] for name in names if name in row), None)
         if score is not None:
             name, loop = key(row["loop"]), row["loop"]
             if name not in settings:
@@ -59,7 +90,7 @@ def read(folder: Path) -> Scores:
     every = list(dict.fromkeys(p for scores in found.values() for p in scores))
     problems = [p for p in every if all(p in scores for scores in found.values())]
     if len(keys) < 2 or settings[keys[0]] is not None or not problems:
-        raise UserError("no problem has an answer of every setting yet: run it again to go on")
+        return None
     values = np.array([[found[name][p] for p in problems] for name in keys], np.float64)
     return Scores([settings[name] for name in keys], problems, values, len(every), header)
 
@@ -89,8 +120,12 @@ def write(
             "80 % power, if it is real."
         ),
     ]
+    others = beside(folder)
     if holdout:
-        blocks += _held_out(scores, holdout)
+        lines = said_held_out(held_out(scores, holdout), others, holdout)
+        blocks += [Text("Chosen on one part, reported on the other", 2), *map(Text, lines)]
+    for title, of in others.items():
+        blocks += [Text(title.capitalize(), 2), Table(HEADER, rows(outcomes(of), layers))]
     try:
         blocks += _pictures(scores, folder)
     except UserError as error:
@@ -99,7 +134,7 @@ def write(
     tasks = {name: [p for p in scores.problems if p[0] == name] for name in scores.tasks()}
     for heading, parts in (("By context length", lengths), ("By task", tasks)):
         if len(parts) > 1:
-            blocks += [Text(heading, 2), _by(scores, parts)]
+            blocks += [Text(heading, 2), by(scores, parts)]
     blocks += _drift(found, folder / DRIFT)
     if reference:
         blocks += _reference()
@@ -127,42 +162,13 @@ def _overall(found: Sequence[Outcome], layers: int, path: Path) -> Table:
     return Table([*HEADER, "s / problem"], table)
 
 
-def _by(scores: Scores, parts: Mapping[str, Sequence[Problem]]) -> Table:
+def by(scores: Scores, parts: Mapping[str, Sequence[Problem]]) -> Table:
+    """The scores in each part of the problems."""
     header = ["setting", *(f"{name} (n = {len(part)})" for name, part in parts.items())]
     columns = [outcomes(scores.of(part.__contains__)) for part in parts.values()]
     return Table(
         header, [[of[0].name, *(o.said() for o in of)] for of in zip(*columns, strict=True)]
     )
-
-
-def split(problems: Sequence[Problem], share: float) -> list[bool]:
-    """Whether each problem is held out: this share of every task and length.
-
-    It depends on the problem alone, so that a study that goes on keeps its split. Problems are
-    independent of their numbers, so multiples of the golden ratio are as good as chance, and they
-    divide every few neighbours as evenly as can be.
-    """
-    golden = (5**0.5 - 1) / 2
-    return [(index + 1) * golden % 1 < share for _, _, index in problems]
-
-
-def _held_out(scores: Scores, share: float) -> list[Block]:
-    held = dict(zip(scores.problems, split(scores.problems, share), strict=True))
-    choosing, reporting = scores.of(lambda p: not held[p]), scores.of(lambda p: held[p])
-    title = Text("Chosen on one part, reported on the other", 2)
-    if not choosing.problems or not reporting.problems:
-        return [title, Text("There are too few problems to split.")]
-    chosen = 1 + int(choosing.values[1:].mean(axis=1).argmax())
-    plain, winner = outcomes(reporting, chosen)
-    return [
-        title,
-        Text(
-            f"Best of {len(scores.settings) - 1} settings on {len(choosing.problems)} problems: "
-            f"{winner.name}. On the other {len(reporting.problems)} problems it scores "
-            f"{winner.said()} and no looping {plain.said()}: {winner.said_change()} points, "
-            f"p = {winner.p:.2g}, {winner.verdict}."
-        ),
-    ]
 
 
 def _drift(found: Sequence[Outcome], path: Path) -> list[Block]:

@@ -19,7 +19,7 @@ from ..models.looped import Looped
 from .outcome import Scores
 from .results import Results, Row, append, check_header, fingerprint, read_lines
 from .tasks import ruler
-from .tasks.task import Task
+from .tasks.task import Score, Task
 
 
 def run(
@@ -64,17 +64,24 @@ def complete(views: Sequence[Looped], task: Task, results: Results) -> list[Row]
     return [i for i in task.items if all(results.has(view.loop, i) for view in views)]
 
 
-def gather(views: Sequence[Looped], task: Task, results: Results) -> Scores:
-    """The scores of the complete items."""
+def gather(
+    views: Sequence[Looped], task: Task, results: Results, score: Score | None = None
+) -> Scores:
+    """The scores of the complete items.
+
+    Args:
+        score: one of `task.beside`; None: the task's own.
+    """
+    score = score or Score(task.score, task.score, task.unit, task.better)
     items = complete(views, task, results)
-    values = [[results.of(view.loop, item)[task.score] for item in items] for view in views]
+    values = [[results.of(view.loop, item)[score.name] for item in items] for view in views]
     return Scores(
         [view.loop for view in views],
-        [(item.get("task", ""), item.get("length"), item["item"]) for item in items],
+        [(i.get("task", ""), i.get("length"), i.get("index", i["item"])) for i in items],
         np.array(values, np.float64),
         len(task.items),
-        better=task.better,
-        unit=task.unit,
+        better=score.better,
+        unit=score.unit,
     )
 
 

@@ -126,6 +126,16 @@ class Looped(nn.Module):
         loop = None if self.is_unlooped else self._loop
         return loop is None or (loop.prompt == "plain" and loop.cache == "first")
 
+    @property
+    def tells_tokens_apart(self) -> bool:
+        """Whether an answer's tokens pass in another way than a prompt's."""
+        loop = None if self.is_unlooped else self._loop
+        return loop is not None and (loop.decode, loop.prompt, loop.gate) != (
+            "full",
+            "looped",
+            None,
+        )
+
     def take_firings(self) -> tuple[int, int]:
         """How often the guard fired: (firings, tokens times loops), since the last call.
 
@@ -165,7 +175,7 @@ class Looped(nn.Module):
     ) -> list[tuple[slice, How]]:
         """How the next `length` tokens pass."""
         seen, end = None if cache is None else tokens_seen(cache), self._prompt_end
-        if cache is None or (loop.decode, loop.prompt, loop.gate) == ("full", "looped", None):
+        if cache is None or not self.tells_tokens_apart:
             return [(slice(0, length), "looped")]
         if end is None:
             end = prompt_end(cache, length, warns=loop.decode != "full")

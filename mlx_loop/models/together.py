@@ -59,6 +59,8 @@ def states(
                 walk.put(i, _from_memory(known[i], pairs))
         last = len(view.layers) - 1
         walk.keep([last], results)
+        # What comes after may write into the state.
+        walk.end_after(last)
         walk.run(tokens, histories.faces(view, cache))
         found[number] = stream(results[last])
     return [found[i] for i in range(len(views))]

@@ -129,6 +129,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add(group, "--force", "try even a model that does not fit into memory")
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """--dtype."""
+    widths = ("float32", "float16", "bfloat16")
+    add(parser, "--dtype", "of the weights, else as stored", str, choices=widths)
+
+
 def add_model_name(group: argparse._ActionsContainer) -> None:
     """--model."""
     what = "a folder, a Hugging Face repository, or a checkpoint that ships with mlx_loop"

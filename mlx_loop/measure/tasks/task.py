@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -33,25 +33,47 @@ class Found(NamedTuple):
     seconds: float | None = None
 
 
+class Score(NamedTuple):
+    """A number in the results that settings are compared by.
+
+    Args:
+        name: what the results call it.
+        title: what people read.
+        unit: `%` for 0 to 1, or another one.
+        better: 1 where more is better, -1 where less is.
+    """
+
+    name: str
+    title: str
+    unit: str = "%"
+    better: int = 1
+
+
 class Task:
     """Something to measure.
 
     Attributes:
         items: each has a name, `item`; `task`, `length` and `index` are kept with its results.
         batch: items that are measured at a time.
+        reads: the names in `asked` that matter to it.
         score: what the results call the score.
         also: other numbers in the results, of which means are shown.
+        beside: other scores, by which settings are compared too.
         better: 1 where more is better, -1 where less is.
         unit: of the score: `%` for 0 to 1, or another one.
+        no_choice: why no setting is chosen by the score; None: one may be.
     """
 
     items: Sequence[Row]
     batch: int = 1
+    reads: ClassVar[Sequence[str]] = ()
 
     score: str = "score"
     also: Sequence[str] = ()
+    beside: ClassVar[Sequence[Score]] = ()
     better: int = 1
     unit: str = "%"
+    no_choice: ClassVar[str | None] = None
 
     @classmethod
     def read(cls, path: Path, tokenizer: TokenizerWrapper, limit: int | None, **asked: Any) -> Task:
@@ -81,6 +103,7 @@ class Task:
 class Answers(Task):
     """A task of prompts that are answered greedily."""
 
+    reads: ClassVar[Sequence[str]] = ("max_tokens", "template", "system", "batch")
     step: int = PREFILL_STEP
 
     def prompt(self, tokenizer: TokenizerWrapper, item: Row) -> list[int]:
@@ -124,6 +147,13 @@ def named(task: Task, name: str) -> Task:
     ]
     # Tasks are frozen.
     object.__setattr__(task, "items", items)
+    return task
+
+
+def joined(tasks: Sequence[Task]) -> Task:
+    """Tasks of one kind as one, with the items of all."""
+    task = copy.copy(tasks[0])
+    object.__setattr__(task, "items", [item for of in tasks for item in of.items])
     return task
 
 

@@ -35,6 +35,10 @@ class Text(Task):
     also = ("kl",)
     better = -1
     unit = "nats"
+    no_choice = (
+        "loss does not predict answers (the method's authors find held-out loss anti-correlated "
+        "with accuracy in reasoning)"
+    )
 
     @classmethod
     def read(cls, path: Path, tokenizer: TokenizerWrapper, limit: int | None, **_: Any) -> Text:

@@ -32,7 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what = (
         "RULER's tasks with commas between: niah_single_1 to _3, niah_multikey_1 to _3, "
         "niah_multivalue, niah_multiquery, vt, cwe, fwe, qa; ruler: all but qa; lm_eval:NAME: a "
-        "task of lm-evaluation-harness"
+        "task of lm-evaluation-harness; questions:FILE, choices:FILE, chat_choices:FILE: as in "
+        "sweep"
     )
     add(group, "--tasks", what, str, "NAMES", DEFAULT_TASKS)
     what = "RULER: context lengths in tokens, prompt and answer together (default: 4096)"
@@ -56,8 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(group, "--trace", what, from_zero, "N")
     add(group, "--reference", "show the paper's numbers beside yours")
     options.add_model_options(parser)
-    widths = ("float32", "float16", "bfloat16")
-    add(parser, "--dtype", "of the weights, else as stored", str, choices=widths)
+    options.add_dtype(parser)
     options.add_loop_options(parser, several=True)
     group = parser.add_argument_group("generation")
     add(group, "--batch-size", "prompts that are answered at a time", positive, "N", 8)
@@ -73,6 +73,16 @@ def _refuse_idle(
     args: argparse.Namespace, ours: list[str], theirs: list[str], files: list[str]
 ) -> None:
     """Refuse options of RULER's tasks without any, and of the harness's without any."""
+    from ...measure.tasks import FROM_FILES, split_name
+
+    if (
+        files
+        and not ours
+        and not any("system" in FROM_FILES[split_name(n)[0]].reads for n in files)
+    ):
+        refuse(
+            args, ("system_prompt", "chat_template_config"), "with choices:, which are plain text"
+        )
     if theirs:
         refuse(args, ("system_prompt",), "in lm_eval: tasks, which have their own prompts")
     else:
@@ -109,7 +119,8 @@ def parse_tasks(text: str) -> tuple[list[str], list[str], list[str]]:
         else:
             raise UserError(
                 f"unknown task {name!r}: known are ruler, {', '.join(TASKS)}, {LM_EVAL}NAME for "
-                "the tasks of lm-evaluation-harness, and questions:FILE"
+                "the tasks of lm-evaluation-harness, questions:FILE, choices:FILE and "
+                "chat_choices:FILE"
             )
     if not ours and not theirs and not files:
         raise UserError("there is no task: give --tasks niah_single_2,vt or --tasks ruler")
@@ -122,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     from ...checkpoints.loading import find
     from ...measure.drift import Drift, traced
     from ...measure.outcome import HEADER, conclusion, outcomes, rows
-    from ...measure.report import write
+    from ...measure.report import beside, write
     from ...measure.results import Results, fingerprint
     from ...measure.study import DRIFT, RESULTS, SECONDS, Study, examples
     from ...measure.tasks import FROM_FILES, named, split_name
@@ -189,6 +200,8 @@ def run(args: argparse.Namespace) -> int:
     found = outcomes(scores)
     out.print(table(HEADER, rows(found, layers)))
     out.print(conclusion(found, len(scores.problems)))
+    for title, of in beside(folder).items():
+        out.print(f"\n{title}, {of.unit}", table(HEADER, rows(outcomes(of), layers)))
     err.print(f"the whole report: {page}", markup=False, soft_wrap=True)
     return 0 if finished else INTERRUPTED
 

@@ -3,78 +3,99 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...errors import INTERRUPTED
+from ...errors import INTERRUPTED, UserError
 from ...settings import LoopConfig
 from .. import options
 from ..options import add, positive
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ...measure.outcome import Scores
 
 SUMMARY = "try many loop settings on a task or a text"
 EXAMPLES = """examples:
   mlx_loop sweep --task demo --limit 200 --plot sweep.png
   mlx_loop sweep --task mine.jsonl --window 3:7,4:8,5:9 --loops 2,4,8 --integrator euler,anchored
-  mlx_loop sweep --text book.txt --loops 2,3,4 --best
+  mlx_loop sweep --task choices:arc_easy.jsonl,choices:openbookqa.jsonl --loops 2,3,4 --best
+  mlx_loop sweep --text book.txt --loops 2,3,4
 Ctrl-C stops after the results at hand are written; the same command goes on from there."""
 
 DEFAULT_AXES: dict[str, list[Any]] = {"loops": [2, 4], "integrator": ["euler", "anchored"]}
 # What a score is called on the screen.
 TITLES = {"right": "right, %"}
+# What a task may be asked, and the option that says it.
+ASKED = {
+    "max_tokens": "max_tokens",
+    "template": "chat_template_config",
+    "system": "system_prompt",
+    "batch": "batch_size",
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_mutually_exclusive_group(required=True)
     what = (
         'questions, one JSON object a line with "messages" and "answer"; demo: those that ship '
-        "with mlx_loop"
+        'with mlx_loop; choices:FILE: "question", "choices" and "answer"; chat_choices:FILE: the '
+        "same through the chat template; KIND:FILE,KIND:FILE: several of one kind"
     )
     add(data, "--task", what, str, "FILE")
     add(data, "--text", "a text: loss and KL instead of answers", str, "FILE")
     what = "where results are appended; what it holds is not done again"
     add(parser, "--out", what, str, "FILE", "sweep.jsonl")
-    add(parser, "--limit", "N items, evenly spread; default: all", positive, "N")
-    add(parser, "--best", "print the LoopConfig to use")
+    add(parser, "--limit", "N items of each file, evenly spread; default: all", positive, "N")
+    what = "choose on one half of the items, report on the other, print the LoopConfig to use"
+    add(parser, "--best", what)
     options.add_plot(parser)
     options.add_max_tokens(parser, None, " (default: 64)")
-    add(parser, "--batch-size", "questions answered at a time (default: 32)", positive, "N")
+    add(parser, "--batch-size", "questions at a time (default: 32; of choices 8)", positive, "N")
     options.add_model_options(parser)
+    options.add_dtype(parser)
     options.add_loop_options(parser, several=True)
     options.add_template_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from ...measure.outcome import HEADER, best, conclusion, outcomes, rows
+    from ...measure.outcome import best, conclusion, held_out, outcomes, said_held_out
     from ...measure.plots import draw_windows, save
     from ...measure.results import Results, fingerprint
     from ...measure.study import complete, gather
-    from ...measure.tasks import FROM_FILES, split_name
+    from ...measure.tasks import FROM_FILES, joined, named, split_name, split_names
     from ...measure.tasks.questions import QUESTIONS
-    from ..measuring import load_views, measuring, table
+    from ..measuring import load_views, measuring
     from ..terminal import err, out
 
-    if args.text is not None:
-        of_tasks = ("max_tokens", "batch_size", "system_prompt", "chat_template_config")
-        options.refuse(args, of_tasks, "with --text")
-    kind, file = split_name(args.task) if args.task else ("text", args.text)
-    path = QUESTIONS if args.task == "demo" else Path(file).expanduser()
-    asked = {
-        "max_tokens": args.max_tokens or 64,
-        "template": args.chat_template_config,
-        "system": args.system_prompt,
-    }
-    data = fingerprint(path)
+    names = [f"text:{args.text}"] if args.task is None else split_names(args.task)
+    kinds = list(dict.fromkeys(split_name(name)[0] for name in names))
+    if len(kinds) > 1:
+        raise UserError(f"--task takes files of one kind, not of {' and '.join(kinds)}")
+    kind = FROM_FILES[kinds[0]]
+    unread = tuple(option for name, option in ASKED.items() if name not in kind.reads)
+    options.refuse(args, unread, "with --text" if args.text else f"with --task {kinds[0]}:FILE")
+    if args.best and kind.no_choice:
+        raise UserError(f"--best needs a --task: {kind.no_choice}")
+    paths = [Path(split_name(name)[1]).expanduser() for name in names]
+    paths = [QUESTIONS] if args.task == "demo" else paths
+    asked = {name: getattr(args, option) for name, option in ASKED.items() if name in kind.reads}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    data = [fingerprint(path) for path in paths]
     views, tokenizer = load_views(args, DEFAULT_AXES)
-    task = FROM_FILES[kind].read(path, tokenizer, args.limit, **asked, batch=args.batch_size or 32)
+    tasks = [kind.read(path, tokenizer, args.limit, **asked) for path in paths]
+    task = tasks[0] if len(tasks) == 1 else joined(list(map(named, tasks, names)))
     header = {
         "model": args.model,
         "adapter": args.adapter_path,
-        "data": data,
-        **dict.fromkeys(("max_tokens", "template", "system"), None),
-        **({} if kind == "text" else asked),
-        "measure": "task" if kind == "questions" else kind,
+        "dtype": args.dtype,
+        "data": data[0] if len(data) == 1 else data,
+        **{name: getattr(task, name, None) for name in ASKED if name != "batch"},
+        "measure": "task" if kinds == ["questions"] else kinds[0],
     }
     results = Results.open(Path(args.out).expanduser(), header)
     with measuring() as (_, measure):
@@ -87,29 +108,71 @@ def run(args: argparse.Namespace) -> int:
         )
     if not items:
         return INTERRUPTED
-    found = outcomes(gather(views, task, results))
-    winner = best(found)
-    cells = rows(found, len(views[0].layers))
-    for name in task.also:
-        for view, row in zip(views, cells, strict=True):
-            mean = sum(results.of(view.loop, item)[name] for item in items) / len(items)
-            row.append(f"{mean:.2g}")
-    columns = ["setting", "cost", TITLES.get(task.score, task.score), *HEADER[3:]]
+    scores = gather(views, task, results)
+    others = {score.title: gather(views, task, results, score) for score in task.beside}
+    means = [
+        [_mean([results.of(view.loop, item)[name] for item in items]) for name in task.also]
+        for view in views
+    ]
     show = err if args.best else out
-    show.print(table([*columns, *map(str.upper, task.also)], cells))
+    _show(
+        show,
+        [TITLES.get(task.score, task.score), *task.also],
+        scores,
+        others,
+        means,
+        len(views[0].layers),
+    )
+    found = outcomes(scores)
     show.print(conclusion(found, len(items)))
-    if winner is not None:
-        show.print("The best of many looks better than it is: confirm it on other items.")
-    if task.score == "loss":
-        show.print("A lower loss does not promise better answers.", style="dim")
+    if task.no_choice is not None:
+        show.print(f"No setting is recommended: {task.no_choice}.")
+    elif best(found) is not None and not args.best:
+        show.print("The best of many looks better than it is: --best confirms it on other items.")
     if args.plot is not None:
         what = "right answers" if task.score == "right" else task.score
         draw = partial(draw_windows, found, f"{args.model}: {what}")
         files = save(Path(args.plot).expanduser(), draw)
         err.print(f"drawn in {files[0]} and, for dark pages, {files[1]}", markup=False)
     if args.best:
-        print(python(None if winner is None else winner.loop))
+        held = held_out(scores, 0.5)
+        for line in said_held_out(held, others, 0.5):
+            show.print(line)
+        won = held is not None and held.winner.verdict == "better"
+        print(python(held.winner.loop if held and won else None))
     return 0 if finished else INTERRUPTED
+
+
+def _show(
+    show: Console,
+    titles: Sequence[str],
+    scores: Scores,
+    others: Mapping[str, Scores],
+    means: Sequence[Sequence[str]],
+    layers: int,
+) -> None:
+    """Tables of the score, of the other ones, and of each file.
+
+    Args:
+        titles: of the score, and of `means`: more columns, for each setting.
+    """
+    from ...measure.outcome import HEADER, outcomes, rows
+    from ...measure.report import by
+    from ..measuring import table
+
+    cells = [[*row, *more] for row, more in zip(rows(outcomes(scores), layers), means, strict=True)]
+    score, *also = titles
+    show.print(table([*HEADER[:2], score, *HEADER[3:], *map(str.upper, also)], cells))
+    for title, of in others.items():
+        show.print(f"\n{title}, {of.unit}", table(HEADER, rows(outcomes(of), layers)))
+    files = {name: [p for p in scores.problems if p[0] == name] for name in scores.tasks()}
+    if len(files) > 1:
+        shown = by(scores, files)
+        show.print(table(shown.header, shown.rows))
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.2g}"
 
 
 def python(loop: LoopConfig | None) -> str:
