@@ -47,7 +47,7 @@ PROMPTS = (
     "Anna is older than Ben. Ben is older than Carl. Who is the youngest?",
     "Name three causes of the French Revolution.",
 )
-LIMITS = (0.1, 0.3, 0.5, 1.0, 1.5, 2.0)
+LIMITS = (0.3, 1.0, 2.0, 3.0, 4.0)
 
 
 def watch(looped: Looped, prompt: list[int], stop: set[int], most: int) -> np.ndarray:

@@ -140,7 +140,7 @@ class LoopConfig:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if value is not None and value not in choices:
+            if value not in choices and (value is not None or name == "prompt"):
                 raise _wrong(name, value, "one of " + ", ".join(choices))
         for name in ("loops", "memory"):
             value = getattr(self, name)
@@ -171,7 +171,9 @@ class LoopConfig:
         if integrator.sets_norm and self.norm == "interpolated":
             raise _wrong("norm", self.norm, f"'free' with integrator {name!r}, which sets norms")
         if self.horizon != 1 and "horizon" not in integrator.reads:
-            raise _wrong("horizon", self.horizon, f"1 with integrator {name!r}, which has none")
+            raise _wrong(
+                "horizon", self.horizon, f"set to 1 with integrator {name!r}, which has none"
+            )
 
     def _check_window(self) -> None:
         if self.window is None:
@@ -211,7 +213,9 @@ class LoopConfig:
             fits = kind == "entropy" and 0 < float(nats) < math.inf
         except ValueError:
             fits = False
-        if not fits:
+        if fits:
+            object.__setattr__(self, "gate", f"entropy:{float(nats)}")
+        else:
             raise _wrong("gate", self.gate, "None, or 'entropy:' and nats above 0: 'entropy:1.0'")
 
     def _check_alpha(self) -> None:

@@ -82,6 +82,16 @@ def test_commands_work_in_a_pipe_too(tmp_path):
     assert "6 loops" in out
 
 
+def test_on_brings_back_what_off_took_however_often_it_was_said():
+    out = piped("/set beta 0.2\n/loop 6\n/loop off\n/loop off\n/loop on\n")
+    assert "6 loops of [4,8), beta 0.2" in out.splitlines()[-1]
+
+
+def test_another_number_of_loops_brings_its_own_weights():
+    out = piped("/set integrator poly_blend\n/loop 6\n")
+    assert "poly_blend, 6 loops" in out
+
+
 def test_an_error_in_a_pipe_stops_with_status_2(tmp_path):
     for line in (
         "/nonsense",

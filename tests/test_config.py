@@ -33,6 +33,7 @@ WRONG = [
     ("window", ((1, 2, 3),)),
     ("window", ()),
     ("prompt", "short"),
+    ("prompt", None),
     ("gate", "entropy"),
     ("gate", "entropy:0"),
     ("gate", "surprise:1.0"),
@@ -127,7 +128,7 @@ def test_every_special_field_belongs_to_an_integrator_and_none_is_forgotten():
 
 
 def test_a_horizon_is_refused_where_the_integrator_has_none():
-    with pytest.raises(ValueError, match="horizon must be 1 with integrator 'naive'"):
+    with pytest.raises(ValueError, match="horizon must be set to 1 with integrator 'naive'"):
         LoopConfig(integrator="naive", horizon=2)
     assert LoopConfig().to_dict() == {}
     assert LoopConfig(horizon=2.0).to_dict() == {"horizon": 2.0}

@@ -122,6 +122,11 @@ def test_rows_of_a_batch_decide_by_themselves(model):
     assert {leaf.offset for leaf in leaves(cache)} == {LENGTH}
 
 
+def test_entropy_of_a_prediction_that_rules_tokens_out():
+    logits = mx.array([[0.0, 0.0, -mx.inf], [0.0, -mx.inf, -mx.inf]])
+    assert mx.allclose(entropy(logits), mx.array([0.6931472, 0.0]))
+
+
 # --- What other functions make of it ---
 
 

@@ -112,5 +112,5 @@ def test_the_beginning_of_a_plain_prompt_fits_every_setting_that_leaves_it_plain
             other.for_prompt(alone, 1)(more, cache=alone),
         )
     for loop in (LoopConfig(loops=4), LoopConfig(loops=4, prompt="plain", cache="last")):
-        with pytest.raises(UserError, match="other loop settings"):
+        with pytest.raises(UserError, match="--loop-prompt plain"):
             mlx_loop.load_prompt_cache(path, model.with_loop(loop))

@@ -37,6 +37,7 @@ def write_card(folder: Path, model: Looped, name: str, recipe: str = "") -> None
     if origin:
         what = f"[{origin}](https://huggingface.co/{origin})"
     loop = "off" if model.loop is None else str(model.loop)
+    horizon = " --horizon 1" if model.loop is not None and model.loop.horizon != 1 else ""
     settings = "null" if model.loop is None else model.loop.to_json()
     text = f"""\
         # {name}
@@ -64,7 +65,7 @@ def write_card(folder: Path, model: Looped, name: str, recipe: str = "") -> None
         Un-looped, as any other MLX model:
 
         ```bash
-        mlx_loop chat --model {name} --loops 1
+        mlx_loop chat --model {name} --loops 1{horizon}
         mlx_lm.chat --model {name}
         ```
         """

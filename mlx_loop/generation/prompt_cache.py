@@ -66,6 +66,11 @@ def load_prompt_cache(path: str | Path, model: Looped) -> tuple[list[Any], dict[
     # K = 1 leaves what the un-looped model does.
     fits_plain = made_with["loop"] is None and model.leaves_prompts_plain
     if made_with["loop"] != _settings(model.loop) and not fits_plain:
+        if made_with["loop"] is None:
+            raise UserError(
+                f"{path} holds a prompt without loops: use it with --loop-prompt plain and --cache "
+                "first (prompt='plain', cache='first'), or without a loop"
+            )
         difference = _difference(made_with["loop"], model.loop)
         raise UserError(
             f"{path} was made with other loop settings ({difference}): use those, or make the "

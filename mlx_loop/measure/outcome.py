@@ -237,7 +237,8 @@ def rows(found: Sequence[Outcome], layers: int) -> list[list[str]]:
     out = []
     for outcome in found:
         cost = layer_passes(outcome.loop, layers) / layers - 1
-        row = [outcome.name, f"+{cost:.0%}", outcome.said(), "", "", "", ""]
+        gated = outcome.loop is not None and outcome.loop.gate is not None
+        row = [outcome.name, f"{'<= ' if gated else ''}+{cost:.0%}", outcome.said(), "", "", "", ""]
         if outcome.loop is not None:
             needed = "" if outcome.needed is None else str(outcome.needed)
             row[3:] = [outcome.said_change(), f"{outcome.p:.2g}", needed, outcome.verdict]

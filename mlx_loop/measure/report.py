@@ -138,6 +138,8 @@ def write(
     blocks += _drift(found, folder / DRIFT)
     if reference:
         blocks += _reference()
+    settings = [[outcome.name, str(outcome.loop)] for outcome in found if outcome.loop]
+    blocks += [Text("Settings", 2), Table(["setting", "in full"], settings)]
     header = [[name, json.dumps(value)] for name, value in scores.header.items()]
     blocks += [Text("Configuration", 2), Table(["field", "value"], header)]
     for name, text in (("report.md", markdown(blocks)), ("report.html", page(title, blocks))):

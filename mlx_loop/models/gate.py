@@ -39,7 +39,8 @@ def entropy(logits: mx.array) -> mx.array:
     """Of predictions, in nats: (..., vocab) -> (...), float32."""
     wide = logits.astype(mx.float32)
     logprobs = wide - mx.logsumexp(wide, axis=-1, keepdims=True)
-    return -mx.sum(mx.exp(logprobs) * logprobs, axis=-1)
+    chances = mx.exp(logprobs)
+    return -mx.sum(mx.where(chances > 0, chances * logprobs, 0), axis=-1)
 
 
 def gated(

@@ -34,8 +34,8 @@ def notes(answer: Answer, base: Answer) -> list[str]:
             lines.append(f"agreement {measures.agreement:.0%}")
         if answer.loop.guard is not None and answer.firings[1]:
             lines.append("guard fired {} of {} times".format(*answer.firings))
-        if answer.loop.gate is not None:
-            lines.append("{} of {} tokens looped".format(*answer.share))
+        if answer.share[1]:
+            lines.append(f"{answer.share[0] / answer.share[1]:.0%} of tokens looped")
     return lines
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from ..checkpoints.loading import saved_loop
 from ..errors import UserError
 from ..files import whole_file
 from ..generation.conversation import Conversation
@@ -57,7 +58,7 @@ class Chat(Session):
     @command("N | off | on", "how many loops; off: the plain model")
     def loop(self, argument: str) -> None:
         if argument == "off":
-            self._before_off = self.conversation.loop
+            self._before_off = self.conversation.loop or self._before_off
             self.conversation.loop = None
         elif argument == "on":
             self.conversation.loop = self._looped()
@@ -134,10 +135,15 @@ class Chat(Session):
         self._show_loop()
 
     def _looped(self) -> LoopConfig:
-        return self.conversation.loop or self._before_off or LoopConfig()
+        saved = saved_loop(self.conversation.model)
+        return self.conversation.loop or self._before_off or saved or LoopConfig()
 
     def _change(self, name: str, text: str) -> None:
-        loop = replace(self._looped(), **{name: parse_setting(name, text)})
+        fields = {name: parse_setting(name, text)}
+        if name == "loops":
+            # Weights that came with another number of loops were not asked for.
+            fields["weights"] = None
+        loop = replace(self._looped(), **fields)
         check_read([name], [loop])
         self.conversation.loop = loop
 

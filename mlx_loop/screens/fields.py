@@ -87,6 +87,8 @@ def combinations(start: LoopConfig, axes: Mapping[str, Sequence[Any]]) -> list[L
             fields.pop("horizon", None)
         loops.append(replace(start, **fields))
     check_read(axes, loops)
+    if all(loop.horizon == 1 for loop in loops) and {*axes.get("horizon", ())} - {1}:
+        raise UserError("horizon does nothing with integrators that have none: leave it out")
     return loops
 
 

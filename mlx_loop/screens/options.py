@@ -181,6 +181,9 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
     add(parser, "--plot", "draw them: FILE.png, and FILE-dark.png for dark pages", str, "FILE")
 
 
+# Options that tell tokens of a prompt from those of its answer.
+OF_ANSWERS = ("decode", "loop_prompt", "gate")
+
 # The flags of fields whose own names are taken: --prompt is the text.
 FLAGS = {"prompt": "loop-prompt"}
 

@@ -178,6 +178,8 @@ def extra_cost(model: Looped) -> str:
     where = {"full": "", "bypass": ", prompt only"}.get(decode, f", first {decode} tokens")
     if loop is not None and loop.prompt == "plain":
         where += ", not the prompt"
+    if loop is not None and loop.gate is not None:
+        where += ", where unsure"
     return f"+{extra:.0%} layer passes{where}"
 
 
@@ -195,8 +197,9 @@ def numbers(answer: Streamed, model: Looped) -> str:
         parts.append(extra_cost(model))
     if model.loop is not None and model.loop.guard is not None:
         parts.append("guard fired {} of {} times".format(*model.take_firings()))
-    if model.loop is not None and model.loop.gate is not None:
-        parts.append("{} of {} tokens looped".format(*model.take_share()))
+    looped, tokens = model.take_share()
+    if tokens:
+        parts.append(f"{looped / tokens:.0%} of tokens looped")
     if answer.drafted:
         parts.append(f"{answer.drafted / last.generation_tokens:.0%} of tokens drafted")
     return " · ".join([*parts, f"peak {last.peak_memory:.2f} GB"])

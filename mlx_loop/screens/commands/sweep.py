@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     kind = FROM_FILES[kinds[0]]
     unread = tuple(option for name, option in ASKED.items() if name not in kind.reads)
     options.refuse(args, unread, "with --text" if args.text else f"with --task {kinds[0]}:FILE")
+    if kinds == ["text"]:
+        options.refuse(args, options.OF_ANSWERS, "with a text, all of which loops as a prompt does")
     if args.best and kind.no_choice:
         raise UserError(f"--best needs a --task: {kind.no_choice}")
     paths = [Path(split_name(name)[1]).expanduser() for name in names]

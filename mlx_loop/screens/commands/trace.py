@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import options
-from ..options import load_from, read_prompt, render_prompt
+from ..options import OF_ANSWERS, load_from, read_prompt, refuse, render_prompt
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from ...measure.trace import trace
     from ..terminal import err
 
+    refuse(args, OF_ANSWERS, "in a trace, in which all tokens loop")
     prompt = read_prompt(args.prompt)
     with err.status(f"loading {args.model}"):
         model, tokenizer = load_from(args)
