@@ -166,6 +166,7 @@ def test_sweep_chooses_on_one_half_and_reports_on_the_other(tmp_path, capsys, mo
     said = " ".join(err.split())
     assert "Best of 2 settings on" in said
     assert "By log-probability of the right choice:" in said
+    assert "right, %, by file" in said
     assert "choices:b.jsonl (n = 6)" in said
     assert main(command) == 0
     assert "log-probability of the right choice, nats" in capsys.readouterr().out

@@ -170,7 +170,7 @@ def _show(
     files = {name: [p for p in scores.problems if p[0] == name] for name in scores.tasks()}
     if len(files) > 1:
         shown = by(scores, files)
-        show.print(table(shown.header, shown.rows))
+        show.print(f"\n{score}, by file", table(shown.header, shown.rows))
 
 
 def _mean(values: Sequence[float]) -> str:
