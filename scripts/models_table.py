@@ -19,7 +19,7 @@ from rich.progress import track
 from mlx_loop import LoopConfig, UserError
 from mlx_loop.checkpoints.quantise import parameters
 from mlx_loop.generation.prompt import reads_quantised_cache
-from mlx_loop.generation.speculative import check
+from mlx_loop.generation.speculative import check_drafts
 from mlx_loop.models.looped import Looped
 from mlx_loop.upstream import REMAPPING, model_types
 
@@ -171,7 +171,7 @@ def drafts(name: str) -> bool:
     for changes in ({}, {"sliding_window": None, "layer_types": None}):
         try:
             model = build(name, **changes).with_loop(LoopConfig(window=(2, 6), loops=2))
-            check(model, model.new_cache())
+            check_drafts(model, model.new_cache())
         except (TypeError, ValueError, AttributeError):  # A type that needs them.
             continue
         return True

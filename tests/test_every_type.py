@@ -16,7 +16,7 @@ from zoo import TYPES, build
 
 from mlx_loop import LoopConfig, UserError
 from mlx_loop.checkpoints.memory import Footprint
-from mlx_loop.generation.speculative import check
+from mlx_loop.generation.speculative import check_drafts
 from mlx_loop.method.anatomy import with_layers
 from mlx_loop.method.cache import leaves
 from mlx_loop.method.loop import Natural
@@ -180,7 +180,7 @@ def test_frozen_routing_repeats_the_experts_of_the_natural_pass(model):
 def test_drafts_are_checked_as_if_each_token_had_been_fed_alone(model, policy):
     looped = model.with_loop(LoopConfig(window=WINDOW, loops=2, cache=policy))
     try:
-        check(looped, looped.new_cache())
+        check_drafts(looped, looped.new_cache())
     except UserError as refused:
         pytest.skip(str(refused))
     alone, together = looped.new_cache(), looped.new_cache()

@@ -60,7 +60,7 @@ def places(tmp_path_factory):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_reads_every_option_that_it_has(command, places, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    monkeypatch.setattr("mlx_loop.checkpoints.whole.check", lambda *_: None)
+    monkeypatch.setattr("mlx_loop.checkpoints.whole.check_whole", lambda *_: None)
     monkeypatch.setattr("mlx_loop.checkpoints.card.upload", lambda *_: "page")
     read, declared = set(), set()
     for words in RUNS[command]:

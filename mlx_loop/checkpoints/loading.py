@@ -143,7 +143,7 @@ def load_model(
             dtype = "float32"
         todo = pieces(model, chosen, None if dtype is None else getattr(mx, dtype))
         if not (force or lazy):
-            memory.check(model, base_model(model) or str(path))
+            memory.refuse_what_does_not_fit(model, base_model(model) or str(path))
         if chosen:
             evaluate(todo)
         del todo
@@ -163,7 +163,7 @@ def open_checkpoint(path: Path, loop: LoopArgument = "saved") -> Looped:
     """
     config = read_config(path)
     get_classes(config)
-    checkpoint.check(path, config)
+    checkpoint.check_whole(path, config)
     with _one_line(path):
         loaded, config = mlx_lm_utils.load_model(path, lazy=True, get_model_classes=get_classes)
     model = cast(Looped, loaded)

@@ -346,7 +346,7 @@ def limit() -> int:
     return int(recommended or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def check(model: Looped, name: str) -> None:
+def refuse_what_does_not_fit(model: Looped, name: str) -> None:
     """Refuse, before a weight is read, a model that cannot run here.
 
     Args:

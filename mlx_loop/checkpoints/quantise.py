@@ -22,7 +22,7 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 # What MLX supports, and mlx-lm's defaults: mode -> (bits, group size).
 MODES = {"affine": (4, 64), "mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
-RECIPES = ("uniform", "window8", "budget")
+BIT_RECIPES = ("uniform", "window8", "budget")
 # Achieved and asked bits per weight may differ by this before `budget` says why.
 TOLERANCE = 0.05
 
@@ -55,8 +55,10 @@ class Quantization:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"mode {self.mode!r} is not valid: use one of {', '.join(MODES)}")
-        if self.recipe not in RECIPES:
-            raise UserError(f"recipe {self.recipe!r} is not valid: use one of {', '.join(RECIPES)}")
+        if self.recipe not in BIT_RECIPES:
+            raise UserError(
+                f"recipe {self.recipe!r} is not valid: use one of {', '.join(BIT_RECIPES)}"
+            )
         bits, group_size = MODES[self.mode]
         for name, value, own, choices in (
             ("bits", self.bits, bits, WIDTHS),

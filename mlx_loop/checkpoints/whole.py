@@ -17,7 +17,7 @@ from ..errors import UserError
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 
 
-def check(path: Path, config: Mapping[str, Any]) -> None:
+def check_whole(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse a damaged checkpoint with a line that says which file or tensor is wrong.
 
     Raises:

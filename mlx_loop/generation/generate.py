@@ -70,7 +70,7 @@ def stream_generate(
             is given (`prefill.prefill_step`).
 
     Raises:
-        UserError: as `check_prompt`, and `speculative.check` where something drafts.
+        UserError: as `check_prompt`, and `speculative.check_drafts` where something drafts.
     """
     if "draft_model" in kwargs:
         raise UserError("pass the draft model as draft, not as draft_model")

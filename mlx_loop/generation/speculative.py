@@ -204,7 +204,7 @@ def round_passes(model: Looped, drafts: int) -> int:
     return drafts * layers + layer_passes(model.loop, layers)
 
 
-def check(model: Looped, cache: Sequence[Any]) -> None:
+def check_drafts(model: Looped, cache: Sequence[Any]) -> None:
     """Refuse settings under which drafts cannot be checked exactly.
 
     Raises:
@@ -270,9 +270,9 @@ def speculative_generate_step(
         max_tokens: -1: no limit.
 
     Raises:
-        UserError: as `check`.
+        UserError: as `check_drafts`.
     """
-    check(model, prompt_cache)
+    check_drafts(model, prompt_cache)
     sampler = sampler or Sampler()
     if pace is None:
         layers = len(model.layers)

@@ -22,7 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..generation.generate import stream_generate
 from ..generation.prefill import PREFILL_STEP, prefill
 from ..generation.prompt import check_prompt
-from ..generation.speculative import NUM_DRAFT_TOKENS, Drafter, check, is_its_own_draft
+from ..generation.speculative import NUM_DRAFT_TOKENS, Drafter, check_drafts, is_its_own_draft
 from ..method.cache import Bookmark
 from ..models.looped import Looped
 from ..models.together import states
@@ -169,7 +169,7 @@ def compare(
     if draft is not None:
         for view, cache in zip(views, caches, strict=True):
             if not is_its_own_draft(view, draft):
-                check(view, cache)
+                check_drafts(view, cache)
     answers = [Answer(view) for view in views]
     with wired_limit(views[0], [generation_stream]):  # type: ignore[list-item]
         _prefill(views, caches, prompt, prefill_step_size, progress)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Text:
+class Paragraph:
     text: str
     heading: int = 0
 
@@ -28,14 +28,14 @@ class Picture:
     title: str
 
 
-Block = Text | Table | Picture
+Block = Paragraph | Table | Picture
 
 
 def markdown(blocks: Sequence[Block]) -> str:
     """Blocks as Markdown; pictures are beside it."""
     out = []
     for block in blocks:
-        if isinstance(block, Text):
+        if isinstance(block, Paragraph):
             out.append(f"{'#' * block.heading} {block.text}".strip())
         elif isinstance(block, Picture):
             out.append(f"![{block.title}]({block.path.name})")
@@ -59,7 +59,7 @@ def page(title: str, blocks: Sequence[Block]) -> str:
     """Blocks as one HTML file; pictures are inside it."""
     body = []
     for block in blocks:
-        if isinstance(block, Text):
+        if isinstance(block, Paragraph):
             tag = f"h{block.heading}" if block.heading else "p"
             body.append(f"<{tag}>{html.escape(block.text)}</{tag}>")
         elif isinstance(block, Picture):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from ..files import whole_file
 from ..settings import ResolvedLoop
-from .document import Block, Picture, Table, Text, markdown, page
+from .document import Block, Paragraph, Picture, Table, markdown, page
 from .drift import MEASURES
 from .outcome import (
     HEADER,
@@ -108,12 +108,14 @@ def write(
     scores = read(folder)
     found, answered = outcomes(scores), len(scores.problems)
     title = f"{scores.header['model']}: does looping help?"
-    blocks: list[Block] = [Text(title, 1), Text(conclusion(found, answered))]
+    blocks: list[Block] = [Paragraph(title, 1), Paragraph(conclusion(found, answered))]
     if answered < scores.planned:
-        blocks.append(Text(f"Of {scores.planned} problems {answered} are answered everywhere."))
+        blocks.append(
+            Paragraph(f"Of {scores.planned} problems {answered} are answered everywhere.")
+        )
     blocks += [
         _overall(found, layers, folder / SECONDS),
-        Text(
+        Paragraph(
             "Scores and differences in per cent, with 95 % intervals over problems; p is exact and "
             "corrected for the number of settings (Holm). Cost: layer passes of a looped token "
             "beyond the plain model's. To see: problems that would show this difference with "
@@ -123,25 +125,28 @@ def write(
     others = beside(folder)
     if holdout:
         lines = said_held_out(held_out(scores, holdout), others, holdout)
-        blocks += [Text("Chosen on one part, reported on the other", 2), *map(Text, lines)]
+        blocks += [
+            Paragraph("Chosen on one part, reported on the other", 2),
+            *map(Paragraph, lines),
+        ]
     for title, of in others.items():
-        blocks += [Text(title.capitalize(), 2), Table(HEADER, rows(outcomes(of), layers))]
+        blocks += [Paragraph(title.capitalize(), 2), Table(HEADER, rows(outcomes(of), layers))]
     try:
         blocks += _pictures(scores, folder)
     except UserError as error:
-        blocks.append(Text(f"Pictures are missing: {error}."))
+        blocks.append(Paragraph(f"Pictures are missing: {error}."))
     lengths = {f"{n} tokens": [p for p in scores.problems if p[1] == n] for n in scores.lengths()}
     tasks = {name: [p for p in scores.problems if p[0] == name] for name in scores.tasks()}
     for heading, parts in (("By context length", lengths), ("By task", tasks)):
         if len(parts) > 1:
-            blocks += [Text(heading, 2), by(scores, parts)]
+            blocks += [Paragraph(heading, 2), by(scores, parts)]
     blocks += _drift(found, folder / DRIFT)
     if reference:
         blocks += _reference()
     settings = [[outcome.name, str(outcome.loop)] for outcome in found if outcome.loop]
-    blocks += [Text("Settings", 2), Table(["setting", "in full"], settings)]
+    blocks += [Paragraph("Settings", 2), Table(["setting", "in full"], settings)]
     header = [[name, json.dumps(value)] for name, value in scores.header.items()]
-    blocks += [Text("Configuration", 2), Table(["field", "value"], header)]
+    blocks += [Paragraph("Configuration", 2), Table(["field", "value"], header)]
     for name, text in (("report.md", markdown(blocks)), ("report.html", page(title, blocks))):
         with whole_file(folder / name, overwrite=True) as scratch:
             scratch.write_text(text, encoding="utf-8")
@@ -187,7 +192,7 @@ def _drift(found: Sequence[Outcome], path: Path) -> list[Block]:
         cells = [f"{x:.3g}" for x in means[-1]]
         table.append([outcome.name, *cells, worst(row["verdict"] for row in traces)])
     blocks: list[Block] = [
-        Text("Drift", 2),
+        Paragraph("Drift", 2),
         Table(["setting", *MEASURES.values(), "verdict"], table),
     ]
     if len(known) >= 5:
@@ -195,7 +200,7 @@ def _drift(found: Sequence[Outcome], path: Path) -> list[Block]:
         measures = zip(MEASURES, zip(*means, strict=True), strict=True)
         said = ", ".join(f"{name} {spearman(x, changes):+.2f}" for name, x in measures)
         blocks.append(
-            Text(
+            Paragraph(
                 f"Spearman's rank correlation with the change in score, over {len(known)} "
                 f"settings: {said}. Negative: the more drift, the lower the score."
             )
@@ -222,9 +227,9 @@ def _reference() -> list[Block]:
         for model, task, *shares, change in PUBLISHED
     ]
     return [
-        Text("Published", 2),
+        Paragraph("Published", 2),
         Table(["model", "task", "no loop", "looped", "difference"], rows),
-        Text(f"Source: {SOURCE}. It gives no intervals for these."),
+        Paragraph(f"Source: {SOURCE}. It gives no intervals for these."),
     ]
 
 

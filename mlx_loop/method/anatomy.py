@@ -80,7 +80,7 @@ class Anatomy:
         """Whether any layer chooses among experts."""
         return any(layer.routers for layer in self.layers)
 
-    def check(self, loop: ResolvedLoop) -> None:
+    def check_loop(self, loop: ResolvedLoop) -> None:
         """Refuse complete settings that cannot be honoured.
 
         Raises:

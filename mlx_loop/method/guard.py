@@ -12,11 +12,11 @@ from typing import Any
 import mlx.core as mx
 
 from ..settings import Guard, ResolvedLoop
-from .integrate import Between, Window, integrate
+from .integrate import Between, Pass, integrate
 
 
 def integrate_guarded(
-    g: Window, x0: mx.array, loop: ResolvedLoop, guard: Guard
+    g: Pass, x0: mx.array, loop: ResolvedLoop, guard: Guard
 ) -> tuple[mx.array, mx.array]:
     """`integrate`, with the natural pass g(x0) for every token whose loop left the limits.
 
@@ -66,7 +66,7 @@ class Count:
 class _Ends:
     """g, with the first and the latest evaluation kept."""
 
-    def __init__(self, g: Window):
+    def __init__(self, g: Pass):
         self._g = g
         self.first: Any = None
         self.last: Any = None

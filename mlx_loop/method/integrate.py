@@ -15,7 +15,7 @@ from .plan import Combination, input_of, is_linear, output_of, plan
 Between = Callable[[int, mx.array], mx.array]
 
 
-class Window(Protocol):
+class Pass(Protocol):
     """g: one pass over the window, (batch, length, hidden) -> the same shape and dtype.
 
     `between(i, h)`, where given, replaces the output h of the window's i-th layer before it goes
@@ -25,7 +25,7 @@ class Window(Protocol):
     def __call__(self, x: mx.array, between: Between | None = None) -> mx.array: ...
 
 
-def integrate(g: Window, x0: mx.array, loop: ResolvedLoop) -> mx.array:
+def integrate(g: Pass, x0: mx.array, loop: ResolvedLoop) -> mx.array:
     """The state that leaves the loop.
 
     Args:
@@ -43,7 +43,7 @@ class Step:
     update that needs these two measures them in its own pass over the states.
     """
 
-    def __init__(self, g: Window, x0: mx.array, loop: ResolvedLoop):
+    def __init__(self, g: Pass, x0: mx.array, loop: ResolvedLoop):
         self._g, self._x0, self._loop = g, x0, loop
         self._natural: mx.array | None = None
         self._ends: mx.array | None = None

@@ -65,7 +65,7 @@ def policy(model: Looped, cache: Sequence[Any] | None) -> Callable[[Any, int], P
     return own
 
 
-def check(model: Looped, cache: Sequence[Any]) -> None:
+def check_histories(model: Looped, cache: Sequence[Any]) -> None:
     """Refuse a cache that does not hold the histories that the settings need."""
     looped = looped_entries(model)
     if not looped and not any(isinstance(entry, CacheList) for entry in cache):

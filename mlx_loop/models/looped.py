@@ -104,7 +104,7 @@ class Looped(nn.Module):
             anatomy = self.anatomy
             resolved = resolve(loop, self.model_type, len(anatomy.layers), anatomy.mixes_experts)
             if not is_natural(resolved):
-                anatomy.check(resolved)
+                anatomy.check_loop(resolved)
         self._loop = resolved
         self._share = Share()
         self._firings = None if resolved is None or resolved.guard is None else Count()
@@ -198,7 +198,7 @@ class Looped(nn.Module):
                 pipeline.
         """
         if cache is not None:
-            histories.check(self, cache)
+            histories.check_histories(self, cache)
         loop = None if self.is_unlooped else self._loop
         if loop is None:
             return _forward(self, inputs, cache, **kwargs)

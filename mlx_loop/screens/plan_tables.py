@@ -15,7 +15,7 @@ from ..settings import CHOICES
 from .terminal import describe, out, plain_table
 
 # What the tables compare, by name.
-RECIPES = {
+WIDTHS = {
     "8 bits": Quantization(8),
     "6 bits": Quantization(6),
     "4 bits, window 8": Quantization(4, recipe="window8"),
@@ -42,7 +42,7 @@ def _footprints(model: Looped) -> dict[str, Footprint]:
     """Largest first; a quantised checkpoint only as it is."""
     found = {"as stored": Footprint(model, fused=True)}
     if not is_quantised(model):
-        for name, quantization in RECIPES.items():
+        for name, quantization in WIDTHS.items():
             if quantization.recipe == "window8" and model.loop is None:
                 continue
             try:

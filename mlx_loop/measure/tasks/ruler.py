@@ -44,7 +44,7 @@ UNITS_AT_FIRST = 64  # a first guess, from which the size of a unit is measured
 
 
 @dataclass(frozen=True)
-class Task:
+class Kind:
     """A task of the published configuration.
 
     Attributes:
@@ -61,11 +61,11 @@ class Task:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def _needles(**options: Any) -> Task:
-    return Task("needles", 128, options=options)
+def _needles(**options: Any) -> Kind:
+    return Kind("needles", 128, options=options)
 
 
-TASKS: dict[str, Task] = {
+TASKS: dict[str, Kind] = {
     "niah_single_1": _needles(haystack="noise"),
     "niah_single_2": _needles(haystack="prose"),
     "niah_single_3": _needles(haystack="prose", values_are="uuid"),
@@ -74,10 +74,10 @@ TASKS: dict[str, Task] = {
     "niah_multikey_3": _needles(haystack="needles", keys_are="uuid", values_are="uuid"),
     "niah_multivalue": _needles(haystack="prose", values=4),
     "niah_multiquery": _needles(haystack="prose", keys=4, queries=4),
-    "vt": Task("chain", 30, options={"hops": 4}),
-    "cwe": Task("common_words", 120, options={"common": 10}),
-    "fwe": Task("frequent_words", 50, options={"asked": 3}),
-    "qa": Task("documents", 32, any_answer=True),
+    "vt": Kind("chain", 30, options={"hops": 4}),
+    "cwe": Kind("common_words", 120, options={"common": 10}),
+    "fwe": Kind("frequent_words", 50, options={"asked": 3}),
+    "qa": Kind("documents", 32, any_answer=True),
 }
 
 
@@ -158,7 +158,7 @@ class Ruler(Answers):
         return {"answer": text, "score": score(item["task"], text, item["example"].answers)}
 
 
-class Draft(NamedTuple):
+class Sketch(NamedTuple):
     """An example before its size is known."""
 
     prompt: str
@@ -168,7 +168,7 @@ class Draft(NamedTuple):
 
 
 # A draft of any size: its argument is the number of filler words, list entries, ...
-Build = Callable[[int], Draft]
+Build = Callable[[int], Sketch]
 
 
 @dataclass
@@ -253,8 +253,8 @@ def example(
 
 
 def _fit(
-    build: Callable[[int], tuple[Draft, int]], budget: int, slack: int, what: str
-) -> tuple[Draft, int]:
+    build: Callable[[int], tuple[Sketch, int]], budget: int, slack: int, what: str
+) -> tuple[Sketch, int]:
     """The largest draft within `budget` tokens, or one at most `slack` below it."""
     best = build(0)
     if best[1] > budget:
@@ -341,7 +341,7 @@ def _needles_task(
         else f"What {kind} does the {names} key have?"
     )
 
-    def build(words: int) -> Draft:
+    def build(words: int) -> Sketch:
         if haystack == "prose":
             parts, gap = sentences(sources.prose(words)), " "
         elif haystack == "noise":
@@ -352,7 +352,7 @@ def _needles_task(
             parts, gap = lines[: words // per_line], "\n"
             if words % per_line:
                 parts = [*parts, " ".join(sources.prose(words % per_line))]
-        return Draft(
+        return Sketch(
             f"{intro}\n{gap.join(insert(parts, said, depths))}\n{question}",
             f"The {names} {key} the {kind}",
             answers,
@@ -423,7 +423,7 @@ def _chain_task(rng: random.Random, length: int, index: int, sources: Sources, h
     shown = f"{solved.prompt}\n{solved.answer_prefix} {' '.join(solved.answers)}\n\n"
     build = _chain(rng, hops, letters=5)
 
-    def with_example(words: int) -> Draft:
+    def with_example(words: int) -> Sketch:
         draft = build(words)
         return draft._replace(prompt=shown + draft.prompt)
 
@@ -437,9 +437,9 @@ def _chain(rng: random.Random, hops: int, letters: int) -> Build:
     said += [f"VAR {after} = VAR {before}." for before, after in pairwise(names)]
     depths = sorted(100 * rng.random() for _ in said)
 
-    def build(words: int) -> Draft:
+    def build(words: int) -> Sketch:
         parts = [part for line in _repeated(NOISE, words) for part in sentences(line.split())]
-        return Draft(
+        return Sketch(
             "Follow the variables in this text: each is set to a number or to another variable.\n"
             f"{' '.join(insert(parts, said, depths))}\n"
             f"Question: which variables have the value {value}? Name all of them.",
@@ -477,12 +477,12 @@ def _common_words_task(
     )
     solved = " ".join(f"{i}. {word}" for i, word in enumerate(shown_words[:common], 1))
 
-    def build(entries: int) -> Draft:
+    def build(entries: int) -> Sketch:
         rare.extend(islice(vocabulary, max(0, -(-entries // seldom) - len(rare))))
         listed = [word for word in rare for _ in range(seldom)][:entries]
         prefix = f"Answer: the {common} words that come up most often are:"
         asked = _word_list(frequent * often + listed, common, random.Random(order))
-        return Draft(f"{shown}\n{prefix} {solved}\n\n{asked}", prefix, frequent)
+        return Sketch(f"{shown}\n{prefix} {solved}\n\n{asked}", prefix, frequent)
 
     return build
 
@@ -523,12 +523,12 @@ def _frequent_words_task(
     zeta = math.pi**2 / 6
     order = rng.random()
 
-    def build(total: int) -> Draft:
+    def build(total: int) -> Sketch:
         text = [
             word for rank, word in enumerate(words, 1) for _ in range(int(total / (zeta * rank**2)))
         ]
         random.Random(order).shuffle(text)
-        return Draft(
+        return Sketch(
             "Count how often each word comes up in this coded text, and leave out the dots.\n"
             f"{' '.join(text)}\n"
             f"Question: which {asked} words come up most often? Give only the words.",
@@ -557,7 +557,7 @@ def _documents_task(rng: random.Random, length: int, index: int, sources: Source
     available = sum(len(document.split()) for document in others)
     order = rng.random()
 
-    def build(words: int) -> Draft:
+    def build(words: int) -> Sketch:
         if words > available + UNITS_AT_FIRST:
             raise UserError(
                 f"the documents of {sources.documents} do not fill {length} tokens: give more of "
@@ -574,7 +574,7 @@ def _documents_task(rng: random.Random, length: int, index: int, sources: Source
         random.Random(order).shuffle(documents)
         listed = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(documents, 1))
         task = "Answer the question from the documents, in as few words as you can."
-        return Draft(
+        return Sketch(
             f"{task}\n\n{listed}\n\n{task}\n\nQuestion: {asked['question']}",
             "Answer:",
             asked["answers"],

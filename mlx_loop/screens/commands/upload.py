@@ -25,13 +25,13 @@ def run(args: argparse.Namespace) -> int:
 
     from ...checkpoints.card import upload
     from ...checkpoints.loading import read_config
-    from ...checkpoints.whole import check
+    from ...checkpoints.whole import check_whole
     from ..terminal import out
 
     folder = Path(args.path)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give one that mlx_loop has written")
-    check(folder, read_config(folder))
+    check_whole(folder, read_config(folder))
     try:
         page = upload(folder, args.upload_repo)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
