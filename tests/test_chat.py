@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import pexpect
 import pytest
+
+from mlx_loop.screens.cli import main
 
 CHAT = [sys.executable, "-m", "mlx_loop.screens.cli", "chat"]
 
 
 def piped(text, *options, status=0):
-    done = subprocess.run(
-        [*CHAT, *options], input=text, capture_output=True, text=True, timeout=180, check=False
-    )
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr("sys.stdin", io.StringIO(text))
+        found = main(["chat", *options])
+    assert found == status, err.getvalue()
+    return out.getvalue()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ RUNS = {
     "sweep": ["--task demo --limit 1 --loops 2 --max-tokens 2 --out {out}"],
     "evaluate": ["--tasks niah_single_1 --lengths 208 --limit 1 --loops 2 --out {out}-study"],
     "cache_prompt": ["-p hello --prompt-cache-file {new}"],
-    "quantize": ["--bits-per-weight 6 --mlx-path {out}-model"],
+    "quantize": ["--bits-per-weight 6 --calibration {text} --mlx-path {out}-model"],
     "plan": [""],
     "upload": ["--path {folder} --upload-repo a/b"],
 }
@@ -53,7 +53,13 @@ def places(tmp_path_factory):
     (folder / "written").mkdir()
     config = (DEMOS["demo"] / "config.json").read_bytes()
     (folder / "written" / "config.json").write_bytes(config)
-    names = {"new": folder / "new.safetensors", "out": folder / "out", "folder": folder / "written"}
+    (folder / "text").write_text("What is 12 + 30? It is 42.")
+    names = {
+        "text": folder / "text",
+        "new": folder / "new.safetensors",
+        "out": folder / "out",
+        "folder": folder / "written",
+    }
     return {"cache": cache, **names}
 
 
