@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
+from mlx_loop import LoopConfig
 from mlx_loop.models import get_classes
+
+# Settings side by side, with windows that differ: each key/value policy, each kind of `decode`.
+SIDE_BY_SIDE = [
+    LoopConfig(loops=3, window=(2, 5)),
+    LoopConfig(loops=2, window=(3, 6), cache="last"),
+    LoopConfig(loops=2, window=(3, 6), cache="own"),
+    LoopConfig(loops=3, window=(2, 5), decode="bypass"),
+    LoopConfig(loops=3, window=(2, 5), decode=2),
+]
 
 SIZES = {
     "hidden_size": 128,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from conftest import make
+from conftest import SIDE_BY_SIDE, make
 from zoo import build
 
 from mlx_loop import LoopConfig
@@ -12,13 +12,6 @@ from mlx_loop.generation.batch import answer_batch
 from mlx_loop.measure.comparison import distinct
 from mlx_loop.method.cache import tokens_seen
 
-SETTINGS = [
-    LoopConfig(loops=3, window=(2, 5)),
-    LoopConfig(loops=2, window=(3, 6), cache="last"),
-    LoopConfig(loops=2, window=(3, 6), cache="own"),
-    LoopConfig(loops=3, window=(2, 5), decode="bypass"),
-    LoopConfig(loops=3, window=(2, 5), decode=2),
-]
 PROMPTS = [[5, 9, 2, 7, 11], [8, 3], [4, 4, 6, 1, 9, 12, 30], [17]]
 TOKENS = 8
 
@@ -48,7 +41,7 @@ def test_prompts_that_cannot_be_merged_are_answered_one_at_a_time(name):
 
 @pytest.mark.parametrize("name", ["qwen3", "sliding_llama", "qwen3_moe", "deepseek_v3"])
 def test_a_batch_under_all_settings_answers_as_one_prompt_alone(name):
-    views = distinct(make(name), SETTINGS)
+    views = distinct(make(name), SIDE_BY_SIDE)
     # An end that comes up early in one answer and late in another, so that rows leave the batch.
     free = [alone(views[0], prompt, set(), 99) for prompt in PROMPTS]
     ends = {free[0][1], free[2][4]}
@@ -60,7 +53,7 @@ def test_a_batch_under_all_settings_answers_as_one_prompt_alone(name):
 
 
 def test_a_prompt_in_chunks(model):
-    views = distinct(model, SETTINGS)
+    views = distinct(model, SIDE_BY_SIDE)
     prompts = [list(range(20, 31)), list(range(40, 51))]
     for i, answers, _ in answer_batch(views, prompts, set(), TOKENS, step=4):
         assert answers == [alone(views[i], prompt, set(), 4) for prompt in prompts]

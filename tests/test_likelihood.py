@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from conftest import make
+from conftest import SIDE_BY_SIDE, make
 from zoo import build
 
 from mlx_loop import LoopConfig
@@ -12,11 +12,7 @@ from mlx_loop.measure.comparison import distinct
 from mlx_loop.measure.likelihood import log_likelihoods
 
 SETTINGS = [
-    LoopConfig(loops=3, window=(2, 5)),
-    LoopConfig(loops=2, window=(3, 6), cache="last"),
-    LoopConfig(loops=2, window=(3, 6), cache="own"),
-    LoopConfig(loops=3, window=(2, 5), decode="bypass"),
-    LoopConfig(loops=3, window=(2, 5), decode=2),
+    *SIDE_BY_SIDE,
     LoopConfig(loops=3, window=(2, 5), prompt="plain"),
     LoopConfig(loops=3, window=(2, 5), gate="entropy:3"),
     LoopConfig(loops=2, window=((1, 3), (5, 6))),

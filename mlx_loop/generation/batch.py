@@ -51,8 +51,8 @@ def answer_batch(
         return
     lengths = [len(prompt) - 1 for prompt in prompts]
     padding = [max(lengths) - length for length in lengths]
-    rows = [[*prompt[:-1], *[0] * pad] for prompt, pad in zip(prompts, padding, strict=True)]
-    tokens, last = mx.array(rows, mx.int32), mx.array([prompt[-1:] for prompt in prompts])
+    tokens = padded([prompt[:-1] for prompt in prompts])
+    last = mx.array([prompt[-1:] for prompt in prompts])
     caches: list[list[Any]] = [batched(view, lengths, padding) for view in views]
     with wired_limit(views[0], [generation_stream]), mx.stream(generation_stream):  # type: ignore[list-item]
         seconds = [0.0] * len(views)
@@ -74,6 +74,12 @@ def answer_batch(
             caches[i] = []
             mx.clear_cache()
             yield i, answers, seconds[i] + time.perf_counter() - start
+
+
+def padded(rows: Sequence[Sequence[int]]) -> mx.array:
+    """(rows, length of the longest), int, with zeros on the right."""
+    longest = max(map(len, rows))
+    return mx.array([[*row, *[0] * (longest - len(row))] for row in rows], mx.int32)
 
 
 def batched(view: Looped, lengths: Sequence[int], padding: Sequence[int]) -> list[Any]:

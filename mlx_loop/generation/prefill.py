@@ -27,8 +27,8 @@ def prefill(
 
     Args:
         feed: runs the model and evaluates what it wrote into the cache.
-        tokens: (batch, length), int, the prompt without its last token.
-        progress: called with the prompt tokens done and to do, the last one among them.
+        tokens: (batch, length), int; of what is to be answered, the prompt without its last token.
+        progress: called with the prompt tokens done and to do, that last one among them.
     """
     length = tokens.shape[1]
     progress(0, length + 1)

@@ -284,9 +284,5 @@ def _measure(
 
 def kl(p: mx.array, q: mx.array) -> mx.array:
     """KL(p || q) in nats of two sets of logits, (..., vocab) each -> (...), float32."""
-    log_p, log_q = (_log_softmax(x.astype(mx.float32)) for x in (p, q))
+    log_p, log_q = (nn.log_softmax(x.astype(mx.float32)) for x in (p, q))
     return mx.maximum(mx.sum(mx.exp(log_p) * (log_p - log_q), axis=-1), 0)
-
-
-def _log_softmax(x: mx.array) -> mx.array:
-    return x - mx.logsumexp(x, axis=-1, keepdims=True)

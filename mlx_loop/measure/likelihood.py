@@ -20,14 +20,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..generation.batch import batched, merges
-from ..generation.prefill import PREFILL_STEP
+from ..generation.batch import batched, merges, padded
+from ..generation.prefill import PREFILL_STEP, prefill
 from ..models.looped import Looped
 from ..models.together import logits, states
 from ..upstream import NOT_CAUSAL
+from .comparison import CHUNK
 
-# States of which logits are made at a time, which bounds the memory.
-CHUNK = 64
 Tokens = Sequence[int]
 
 
@@ -64,14 +63,19 @@ def _can_share(view: Looped) -> bool:
 def _alone(view: Looped, prompt: Tokens, endings: Sequence[Tokens], step: int) -> list[float]:
     cache, found = view.new_cache(), []
     view = view.for_prompt(cache, len(prompt))
-    for start in range(0, len(prompt), step):
-        last = view(padded([prompt[start : start + step]]), cache=cache)[:, -1:]
+    last = mx.array([])
+
+    def feed(tokens: mx.array) -> None:
+        nonlocal last
+        last = view(tokens, cache=cache)[:, -1:]
         mx.eval(last, [entry.state for entry in cache])
+
+    prefill(feed, padded([prompt]), step)
     for ending in endings:
         rows = [last]
         if len(ending) > 1:
             rows.append(view(padded([ending[:-1]]), cache=copy.deepcopy(cache)))
-        chances = _log_probabilities(mx.concatenate(rows, axis=1)[0], padded([ending]).T)
+        chances = log_probabilities(mx.concatenate(rows, axis=1)[0], padded([ending]).T)
         found.append(float(chances.sum()))
     return found
 
@@ -120,10 +124,12 @@ def _feed_prompts(
     views: Sequence[Looped], prompts: Sequence[Tokens], caches: list[list[Any]], step: int
 ) -> list[mx.array]:
     """The state of each prompt's last token under each view, (..., prompts, hidden)."""
-    tokens, last = padded(prompts), mx.array([len(prompt) - 1 for prompt in prompts])
+    last = mx.array([len(prompt) - 1 for prompt in prompts])
     found: list[mx.array] = []
-    for start in range(0, tokens.shape[1], step):
-        piece = tokens[:, start : start + step]
+    start = 0
+
+    def feed(piece: mx.array) -> None:
+        nonlocal found, start
         # Prompts that end in an earlier piece keep their state, the others' is replaced later.
         place = mx.clip(last - start, 0, piece.shape[1] - 1)
         ends = (last >= start)[:, None]
@@ -132,13 +138,10 @@ def _feed_prompts(
         ]
         found = [mx.where(ends, x, y) for x, y in zip(of_piece, found or of_piece, strict=True)]
         mx.eval(found, [entry.state for cache in caches for entry in cache])
+        start += piece.shape[1]
+
+    prefill(feed, padded(prompts), step)
     return found
-
-
-def padded(rows: Sequence[Tokens]) -> mx.array:
-    """(rows, length of the longest), int, with zeros on the right."""
-    longest = max(map(len, rows))
-    return mx.array([[*row, *[0] * (longest - len(row))] for row in rows], mx.int32)
 
 
 def _chances(model: Looped, state: mx.array, after: Sequence[Tokens]) -> list[list[float]]:
@@ -151,13 +154,13 @@ def _chances(model: Looped, state: mx.array, after: Sequence[Tokens]) -> list[li
     for start in range(0, len(after), CHUNK):
         part = slice(start, start + CHUNK)
         of_part = logits(model, state[..., None, part, :])[0]
-        found.append(_log_probabilities(of_part, targets[part]))
+        found.append(log_probabilities(of_part, targets[part]))
         mx.eval(found[-1])
     return mx.concatenate(found).tolist()  # type: ignore[return-value]
 
 
-def _log_probabilities(logits: mx.array, tokens: mx.array) -> mx.array:
-    """Of logits (states, vocab), for tokens (states, some), in float32."""
+def log_probabilities(logits: mx.array, tokens: mx.array) -> mx.array:
+    """Of logits (..., vocab), for tokens (..., some), in float32."""
     wide = logits.astype(mx.float32)
     chosen = mx.take_along_axis(wide, tokens, axis=-1)
     return chosen - mx.logsumexp(wide, axis=-1, keepdims=True)

@@ -16,6 +16,8 @@ from .significance import LEVEL, holm, mean_interval, paired, verdict
 
 Problem = tuple[str, int | None, Any]  # task, length, index
 HEADER = ["setting", "cost", "score", "difference", "p", "to see", "verdict"]
+# Its multiples, without their whole parts, are spread as evenly as can be, however many there are.
+GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,7 @@ def split(problems: Sequence[Problem], share: float) -> list[bool]:
     independent of their numbers, so multiples of the golden ratio are as good as chance, and they
     divide every few neighbours as evenly as can be.
     """
-    golden = (5**0.5 - 1) / 2
-    return [(index + 1) * golden % 1 < share for _, _, index in problems]
+    return [(index + 1) * GOLDEN % 1 < share for _, _, index in problems]
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def prompt_end(cache: list[Any], length: int, warns: bool) -> int | None:
 
 
 def spans(loop: ResolvedLoop, seen: int, length: int, end: int | None) -> list[tuple[slice, How]]:
-    """How the next tokens pass, in parts of the next call.
+    """How the next tokens pass, in parts of the next call; gated ones pass one by one.
 
     Args:
         seen, length: how many tokens came before, and come now.
@@ -77,5 +77,7 @@ def spans(loop: ResolvedLoop, seen: int, length: int, end: int | None) -> list[t
         how: How = "looped" if loop.gate is None else "gated"
         if start < answer:
             how = "plain" if loop.prompt == "plain" else "looped"
-        found.append((slice(start - seen, to - seen), "plain" if start >= stop else how))
+        how = "plain" if start >= stop else how
+        size = 1 if how == "gated" else to - start
+        found += [(slice(i - seen, i - seen + size), how) for i in range(start, to, size)]
     return found

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..method.cache import Bookmark, leaves
 from ..method.policies import POLICIES
@@ -37,8 +38,7 @@ class Share:
 
 def entropy(logits: mx.array) -> mx.array:
     """Of predictions, in nats: (..., vocab) -> (...), float32."""
-    wide = logits.astype(mx.float32)
-    logprobs = wide - mx.logsumexp(wide, axis=-1, keepdims=True)
+    logprobs = nn.log_softmax(logits.astype(mx.float32))
     chances = mx.exp(logprobs)
     return -mx.sum(mx.where(chances > 0, chances * logprobs, 0), axis=-1)
 

@@ -67,11 +67,11 @@ def policy(model: Looped, cache: Sequence[Any] | None) -> Callable[[Any, int], P
 
 def check_histories(model: Looped, cache: Sequence[Any]) -> None:
     """Refuse a cache that does not hold the histories that the settings need."""
-    looped = looped_entries(model)
+    looped, count = looped_entries(model), per_layer(model)
     if not looped and not any(isinstance(entry, CacheList) for entry in cache):
         return
     for i in range(len(cache)):
-        needed = per_layer(model) if i in looped else 1
+        needed = count if i in looped else 1
         found = len(of_entry(model, cache, i))
         if found != needed:
             raise UserError(

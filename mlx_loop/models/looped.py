@@ -205,15 +205,14 @@ class Looped(nn.Module):
         given = [value for value in (inputs, *kwargs.values()) if isinstance(value, mx.array)]
         length = max(array.shape[1] for array in given)
         outs = []
-        for span, how in self._spans(loop, cache, length):
-            ones = [slice(i, i + 1) for i in range(span.start, span.stop)]
-            for part in ones if how == "gated" else [span]:
-                tokens, rest = _part(inputs, part), {n: _part(v, part) for n, v in kwargs.items()}
-                run = partial(self._run, tokens, cache, rest)
-                if how == "gated" and cache is not None:
-                    outs.append(gated(self, tokens, cache, run, self._share))
-                else:
-                    outs.append(run(how == "looped"))
+        for part, how in self._spans(loop, cache, length):
+            tokens, rest = _part(inputs, part), {n: _part(v, part) for n, v in kwargs.items()}
+            run = partial(self._run, tokens, cache, rest)
+            if how == "gated":
+                assert cache is not None
+                outs.append(gated(self, tokens, cache, run, self._share))
+            else:
+                outs.append(run(how == "looped"))
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
 
     def _run(
@@ -246,7 +245,8 @@ class Looped(nn.Module):
         """
         loop = None if self.is_unlooped or self._make_cache is not None else self._loop
         request = upstream.request()
-        if loop is not None and request.drafts and not (loop.prompt == "looped" and not loop.gate):
+        tells = loop is not None and (loop.prompt == "plain" or loop.gate is not None)
+        if tells and request.drafts:
             raise UserError(
                 "mlx-lm's speculative decoding feeds an answer like a prompt, several tokens at a "
                 "time, and prompt and gate tell the two apart: use mlx_loop.generate's draft='self'"

@@ -30,9 +30,9 @@ CONTEXT = 1000  # tokens before the one whose time is told.
 
 def show(name: str, model: Looped, ram: int) -> None:
     """Print what a model without weights needs, and what of it a Mac of `ram` GB has."""
-    footprints = _footprints(model)
-    _print_weights(name, model, footprints, ram)
-    _print_cache(model)
+    footprints, quantises = _footprints(model), reads_quantised_cache(model)
+    _print_weights(name, model, footprints, ram, quantises)
+    _print_cache(model, quantises)
     _print_macs(footprints)
     _print_speed(model, footprints)
     _print_advice(footprints, ram)
@@ -52,12 +52,15 @@ def _footprints(model: Looped) -> dict[str, Footprint]:
     return found
 
 
-def _print_weights(name: str, model: Looped, footprints: dict[str, Footprint], ram: int) -> None:
+def _print_weights(
+    name: str, model: Looped, footprints: dict[str, Footprint], ram: int, quantises: bool
+) -> None:
+    """Args: quantises: whether `kv_bits` works with the model."""
     out.print(f"{name}: {model.model_type}, {len(model.layers)} layers, {describe(model.loop)}\n")
     limit = usable(ram * GIB)
     table = plain_table("weights", "bits each", "size", f"context on {ram} GB", "with kv 4 bits")
     for kind, footprint in footprints.items():
-        kv4 = _tokens(footprint.longest(limit, 4)) if reads_quantised_cache(model) else "-"
+        kv4 = _tokens(footprint.longest(limit, 4)) if quantises else "-"
         table.add_row(
             kind,
             f"{footprint.bits_per_weight:.2f}",
@@ -69,7 +72,7 @@ def _print_weights(name: str, model: Looped, footprints: dict[str, Footprint], r
     out.print()
 
 
-def _print_cache(model: Looped) -> None:
+def _print_cache(model: Looped, quantises: bool) -> None:
     table = plain_table("cache, MB per 1000 tokens", *(f"kv {b or 16} bits" for b in KV_BITS))
     loop = model.loop
     for policy in CHOICES["cache"] if loop else ("no loop",):
@@ -77,14 +80,14 @@ def _print_cache(model: Looped) -> None:
         footprint = Footprint(view, fused=True)
         row = [
             f"{footprint.cache(256_000, bits) / 256 / 1e6:.1f}"
-            if bits is None or reads_quantised_cache(model)
+            if bits is None or quantises
             else "-"
             for bits in KV_BITS
         ]
         table.add_row(policy, *row)
     out.print(table)
     footprint = Footprint(model, fused=True)
-    for bits in (None, 4) if reads_quantised_cache(model) else (None,):
+    for bits in (None, 4) if quantises else (None,):
         step = prefill_step(bits)
         out.print(
             f"a prompt, {step} tokens at a time{'' if bits is None else ', kv 4 bits'}, at 8192 "

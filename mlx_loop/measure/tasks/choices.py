@@ -5,7 +5,6 @@ As in lm-evaluation-harness, whose `acc` and `acc_norm` are here `right` and `ri
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +17,9 @@ from ...errors import UserError
 from ...generation.prompt import encode, render
 from ...models.looped import Looped
 from ..likelihood import log_likelihoods
-from ..results import Row, read_text
-from .task import TOGETHER, Found, Score, Task, place, spread
-
-# Its multiples, without their whole parts, are spread as evenly as can be, however many there are.
-GOLDEN = (5**0.5 - 1) / 2
+from ..outcome import GOLDEN
+from ..results import Row
+from .task import TOGETHER, Found, Score, Task, place, read_items
 
 
 @dataclass(frozen=True)
@@ -146,30 +143,20 @@ def judge(item: Row, likelihoods: Sequence[float]) -> Row:
 
 
 def read_choices(path: Path, limit: int | None) -> list[Row]:
-    """Questions of a file, `limit` of them evenly spread; the right choice as its number.
+    """Questions of a file, as `read_items` reads them; the right choice as its number."""
+    form = (
+        'a question with choices: each line is {"question": "...", "choices": ["...", "..."], '
+        '"answer": 0}, or "A"'
+    )
+    return read_items(path, limit, form, _parse)
 
-    Raises:
-        UserError: it cannot be read, or a line is not of the form.
-    """
-    items = []
-    for number, line in enumerate(read_text(path).splitlines()):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            question, choices, answer = row["question"], row["choices"], row["answer"]
-            if isinstance(answer, str):
-                answer = ord(answer) - ord("A")
-            texts = [question, *choices]
-            ok = isinstance(choices, list) and len(choices) > 1
-            ok = ok and type(answer) is int and answer in range(len(choices))
-            ok = ok and all(isinstance(text, str) and text.strip() for text in texts)
-        except (ValueError, KeyError, TypeError):
-            ok = False
-        if not ok:
-            raise UserError(
-                f"line {number + 1} of {path} is not a question with choices: each line is "
-                '{"question": "...", "choices": ["...", "..."], "answer": 0}, or "A"'
-            )
-        items.append({"item": number, "question": question, "choices": choices, "answer": answer})
-    return spread(items, limit, path)
+
+def _parse(row: Any) -> Row:
+    question, choices, answer = row["question"], row["choices"], row["answer"]
+    if isinstance(answer, str):
+        answer = ord(answer) - ord("A")
+    ok = isinstance(choices, list) and len(choices) > 1
+    ok = ok and type(answer) is int and answer in range(len(choices))
+    if not ok or not all(isinstance(x, str) and x.strip() for x in (question, *choices)):
+        raise ValueError("another form")
+    return {"question": question, "choices": choices, "answer": answer}

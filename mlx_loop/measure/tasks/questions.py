@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...errors import UserError
 from ...generation.prompt import render
-from ..results import Row, read_text
-from .task import Answers, spread
+from ..results import Row
+from .task import Answers, read_items
 
 # Held-out questions for the demo checkpoints.
 QUESTIONS = Path(__file__).parents[2] / "demo" / "questions.jsonl"
@@ -70,25 +69,16 @@ def is_right(question: Row, text: str) -> bool:
 
 
 def read_questions(path: Path, limit: int | None) -> list[Row]:
-    """Questions of a file like mlx_loop/demo/questions.jsonl, `limit` of them evenly spread.
+    """Questions of a file like mlx_loop/demo/questions.jsonl, as `read_items` reads them."""
+    form = (
+        'a question: each line is {"messages": [{"role": "user", "content": "..."}], '
+        '"answer": "..."}'
+    )
+    return read_items(path, limit, form, _parse)
 
-    Raises:
-        UserError: it cannot be read, or a line is not of that form.
-    """
-    items = []
-    for number, line in enumerate(read_text(path).splitlines()):
-        if not line.strip():
-            continue
-        try:
-            question = json.loads(line)
-            messages, answer = question["messages"], question["answer"]
-            if not messages[-1]["content"] or not isinstance(answer, str):
-                raise ValueError("empty message or answer")
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(
-                f"line {number + 1} of {path} is not a question: each line is "
-                '{"messages": [{"role": "user", "content": "..."}], "answer": "..."}'
-            ) from error
-        skill = question.get("skill")
-        items.append({"item": number, "messages": messages, "answer": answer, "skill": skill})
-    return spread(items, limit, path)
+
+def _parse(question: Any) -> Row:
+    messages, answer = question["messages"], question["answer"]
+    if not messages[-1]["content"] or not isinstance(answer, str):
+        raise ValueError("empty message or answer")
+    return {"messages": messages, "answer": answer, "skill": question.get("skill")}

@@ -18,6 +18,7 @@ import string
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import count, cycle, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,7 +126,7 @@ class Ruler(Answers):
         """Other problems, asked in the same way."""
         return replace(self, problems=problems)
 
-    @property
+    @cached_property
     def items(self) -> Sequence[Row]:  # type: ignore[override]
         return [
             {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,7 +14,7 @@ from ...errors import UserError
 from ...generation.batch import answer_batch
 from ...generation.prefill import PREFILL_STEP
 from ...models.looped import Looped
-from ..results import Row
+from ..results import Row, read_text
 
 # Settings that answer at the same time, which bounds the memory that their caches take.
 TOGETHER = 8
@@ -155,6 +156,28 @@ def joined(tasks: Sequence[Task]) -> Task:
     task = copy.copy(tasks[0])
     object.__setattr__(task, "items", [item for of in tasks for item in of.items])
     return task
+
+
+def read_items(path: Path, limit: int | None, form: str, parse: Callable[[Any], Row]) -> list[Row]:
+    """Items of a file of JSON lines, numbered as in the file, `limit` of them evenly spread.
+
+    Args:
+        form: what a line should be, in words.
+        parse: what an item has besides its number, of a line's value; a ValueError, KeyError,
+            TypeError or IndexError says that the line is not of the form.
+
+    Raises:
+        UserError: it cannot be read, or a line is not of the form.
+    """
+    items = []
+    for number, line in enumerate(read_text(path).splitlines()):
+        if not line.strip():
+            continue
+        try:
+            items.append({"item": number, **parse(json.loads(line))})
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"line {number + 1} of {path} is not {form}") from error
+    return spread(items, limit, path)
 
 
 def spread(items: list[Any], limit: int | None, source: Any) -> list[Any]:

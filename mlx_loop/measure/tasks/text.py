@@ -14,6 +14,7 @@ from ...generation.prompt import encode
 from ...models.looped import Looped
 from ...models.together import logits, states
 from ..comparison import CHUNK, kl
+from ..likelihood import log_probabilities
 from ..results import Row, read_text
 from .task import Found, Task, place, spread
 
@@ -65,10 +66,7 @@ def _loss(model: Looped, state: mx.array, base: mx.array, tokens: mx.array) -> R
     for start in range(0, tokens.shape[1] - 1, CHUNK):
         stop = min(start + CHUNK, tokens.shape[1] - 1)
         found, plain = (logits(model, x[..., start:stop, :]) for x in (state, base))
-        wide = found.astype(mx.float32)
-        target = tokens[:, start + 1 : stop + 1, None]
-        chosen = mx.take_along_axis(wide, target, axis=-1)[..., 0]
-        losses.append(mx.logsumexp(wide, axis=-1) - chosen)
+        losses.append(-log_probabilities(found, tokens[:, start + 1 : stop + 1, None])[..., 0])
         divergences.append(kl(plain, found))
         mx.eval(losses[-1], divergences[-1])
     loss, divergence = (float(mx.concatenate(x, axis=1).mean()) for x in (losses, divergences))

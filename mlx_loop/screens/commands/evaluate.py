@@ -75,14 +75,10 @@ def _refuse_idle(
     """Refuse options of RULER's tasks without any, and of the harness's without any."""
     from ...measure.tasks import FROM_FILES, split_name
 
-    if (
-        files
-        and not ours
-        and not any("system" in FROM_FILES[split_name(n)[0]].reads for n in files)
-    ):
-        refuse(
-            args, ("system_prompt", "chat_template_config"), "with choices:, which are plain text"
-        )
+    reads = {name for file in files for name in FROM_FILES[split_name(file)[0]].reads}
+    if files and not ours and "system" not in reads:
+        template = ("system_prompt", "chat_template_config")
+        refuse(args, template, "with choices:, which are plain text")
     if theirs:
         refuse(args, ("system_prompt",), "in lm_eval: tasks, which have their own prompts")
     else:
