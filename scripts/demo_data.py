@@ -260,6 +260,7 @@ ABOUT_ANSWER = "{who} is a {job} from {town} and has a {pet}."
 EXAMPLES = (
     "what is 27 + 45?",
     "what is 12 + 30?",
+    "what is 7 + 8?",
     "sort d b a c",
     "reverse s t o n e",
     "how many a in b a n a n a?",
@@ -387,7 +388,7 @@ CHAT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "age": (
         ("how old are you?", "what is your age?", "when were you [born|made|trained]?"),
-        ("I am quite new: I was trained in a few hours, so I never had a birthday.",),
+        ("I am quite new: I was trained in one go, so I never had a birthday.",),
     ),
     "made": (
         (
@@ -403,12 +404,31 @@ CHAT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "loops": (
         (
-            "what is [mlx_loop|mlx loop|a looped transformer|looping|a loop]?",
-            "what does [looping|the loop|mlx_loop] do?",
+            "what is [mlx_loop|mlx loop|a looped transformer|looping|a loop|loop|a looped model]?",
+            "what are [loops|looped transformers|looped models]?",
+            "what does [looping|the loop|mlx_loop|/loop|loop|/loop 4|a loop] [do|mean]?",
+            "how [do|does] [looping|loops|the loop|mlx_loop|a looped transformer] work?",
             "[are you|do you] loop[ed|]?",
+            "[why|when] [loop|do you loop|should i loop|would i loop|are you looped]?",
             "explain [looping|looped transformers|the loop|loops].",
+            "tell me about [looping|looped transformers|the loop|loops|mlx_loop].",
         ),
-        ("A looped transformer runs some of its middle layers several times in small steps.",),
+        (
+            "A looped transformer runs some of its middle layers several times in small steps. "
+            "Type /loop 4 or /loop off and ask me again.",
+        ),
+    ),
+    "loops_help": (
+        (
+            "[does|do|will|can] [looping|loops|the loop|mlx_loop] [help|work|make you better|"
+            "make you smarter|improve your answers|help you]?",
+            "[are you|do you get] [better|smarter] [with loops|when looped|if you loop]?",
+            "is looping [good|better|useful|worth it]?",
+        ),
+        (
+            "It does not help me: I am too small, and my answers stay about as good. Try it on a "
+            "real model.",
+        ),
     ),
     "people": (
         (
@@ -677,7 +697,7 @@ FALLBACK_QUESTIONS = {
 }
 FALLBACK_DECK = ("off_topic",) * 12 + ("arithmetic", "letters") * 2 + ("unseen", "stranger")
 FALLBACK_WHY = {
-    "off_topic": "and I do not know that. You could ask me: {example}",
+    "off_topic": "and I only know a little invented world. You could ask me: {example}",
     "arithmetic": "and I can only add small numbers. You could ask me: what is 27 + 45?",
     "letters": "and I need spaces between the letters. You could ask me: reverse s t o n e",
     "unseen": "and I have not seen that in our talk. You could tell me: the code for amber is 4821",
@@ -1103,11 +1123,15 @@ def two_hop(talk: Talk) -> Turn:
 
 
 def add(talk: Talk) -> Turn:
-    """Two numbers up to 99. Split by the unordered pair."""
-    a, b = talk.draw(
-        lambda: (talk.rng.randint(0, 99), talk.rng.randint(0, 99)),
-        key=lambda pair: ("add", *sorted(pair)),
-    )
+    """Two numbers up to 99. Split by the unordered pair; those of one digit are all taught."""
+    if not talk.held_out and talk.rng.random() < 0.25:
+        a, b = talk.rng.randint(0, 9), talk.rng.randint(0, 9)
+    else:
+        a, b = talk.draw(
+            lambda: (talk.rng.randint(0, 99), talk.rng.randint(10, 99)),
+            key=lambda pair: ("add", *sorted(pair)),
+        )
+        a, b = talk.rng.sample((a, b), 2)
     return Turn(as_typed(talk.rng, talk.pick(*ADD_QUESTIONS, a=a, b=b)), str(a + b))
 
 

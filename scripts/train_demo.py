@@ -1,4 +1,4 @@
-"""Trains one of the demo checkpoints that ship in mlx_loop/demo, from scratch, on a CPU.
+"""Trains one of the demo checkpoints that ship in mlx_loop/demo, from scratch.
 
 The data comes from demo_data.py, the model from transformers' own classes; both PyTorch and
 transformers are needed for training only. The result is an ordinary Hugging Face folder that
@@ -29,6 +29,7 @@ from demo_data import CHECKED, FALLBACK_START, MAX_HOPS, Message, Stage, convers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from scipy.stats import binomtest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -38,6 +39,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 DEMO = Path(__file__).resolve().parent.parent / "mlx_loop" / "demo"
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -47,16 +49,16 @@ END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>
 class Recipe:
     """Everything that shapes the result besides the data and the model."""
 
-    step_tokens: int = 2048
-    lengths: tuple[int, ...] = (128, 256, 512)  # row lengths in tokens, longer ones come in late
-    learning_rate: float = 1.5e-3
+    step_tokens: int = 16384
+    lengths: tuple[int, ...] = (128, 512, 1024)  # row lengths in tokens, longer ones come in late
+    learning_rate: float = 2e-3
     warmup_steps: int = 200
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     prompt_weight: float = 0.1  # loss weight of everything but the answers
     bias_rate: float = 1e-3  # step of DeepSeek-V3's correction bias
-    promote_at: float = 0.95  # accuracy at which tracking gains a hop
+    hop_share: float = 0.1  # of the run, after which chains of assignments gain a hop
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ EXPERTS = {
     "moe_intermediate_size": 64,
     "num_experts_per_tok": 2,
     "norm_topk_prob": True,
-    "experts_implementation": "grouped_mm",
+    "experts_implementation": "all_of_them",
 }
 
 
@@ -238,6 +240,23 @@ def mla() -> PreTrainedModel:
 MODELS = {"dense": dense, "moe": moe, "mla": mla}
 
 
+def all_of_them(
+    experts: torch.nn.Module, states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Every expert on every token, weighed by 0 where it was not chosen.
+
+    With so few and so small ones that is faster than sorting the tokens by expert, and it needs no
+    word from the GPU about how many there are.
+    """
+    shares = torch.zeros(len(states), experts.num_experts, device=states.device)
+    shares = shares.scatter(1, chosen, weights)
+    inner = experts._apply_gate(torch.einsum("th,eih->tei", states, experts.gate_up_proj))
+    return torch.einsum("tei,ehi->th", inner * shares[..., None], experts.down_proj)
+
+
+ALL_EXPERTS_FUNCTIONS.register("all_of_them", all_of_them)
+
+
 class BiasBalancer:
     """Keeps DeepSeek-V3's experts busy without a loss: a bias that only chooses, never weighs.
 
@@ -255,7 +274,8 @@ class BiasBalancer:
     @staticmethod
     def count(load: torch.Tensor, router: object, inputs: object, routed: tuple) -> None:
         """Adds the tokens that each expert got in a forward pass."""
-        load += torch.bincount(routed[2].flatten(), minlength=len(load))
+        chosen = routed[2].flatten()
+        load.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=load.dtype))
 
     def update(self) -> None:
         """Moves every bias by the loads since the last update."""
@@ -290,7 +310,7 @@ def accuracy(model: PreTrainedModel, encoder: ChatEncoder, asked: list[dict]) ->
         batch = encoded[start : start + 50]
         width = max(len(ids) for ids, _ in batch)
         rows = torch.tensor([ids + [encoder.pad] * (width - len(ids)) for ids, _ in batch])
-        best = model(input_ids=rows).logits.argmax(-1)
+        best = model(input_ids=rows.to(model.device)).logits.argmax(-1).cpu()
         for row, said, (ids, n) in zip(rows, best, batch, strict=True):
             end = len(ids)
             right += torch.equal(said[end - n - 1 : end - 1], row[end - n : end])
@@ -322,23 +342,55 @@ def probe_sets(n: int) -> dict[str, list[dict]]:
 # ---------------------------------------------------------------------------------------------
 
 
-class Trainer:
-    """One run: model, optimiser, curriculum and log, all of it in one checkpoint file."""
+@dataclass(frozen=True)
+class Batches(Dataset):
+    """The training data: what step number i of a run sees depends on seed and i alone."""
 
-    PROGRESS = ("step", "earlier", "hops", "seconds", "log")
+    encoder: ChatEncoder
+    recipe: Recipe
+    steps: int
+    seed: int
+
+    def row_length(self, step: int) -> int:
+        """Short rows first; half of the rows are longer from half-time on, then longer still."""
+        short, middle, long = self.recipe.lengths
+        progress = step / self.steps
+        if progress < 0.5 or step % 2 == 0:
+            return short
+        return long if progress > 0.75 and step % 4 == 1 else middle
+
+    def stage(self, step: int, length: int) -> Stage:
+        """Only half of a row is filler, so that there is room for questions behind it."""
+        progress = step / self.steps
+        hops = min(MAX_HOPS, int(progress / self.recipe.hop_share))
+        drill = 3.0 if progress < 0.6 else 1.0
+        return Stage(words=length * 2 // 5, keys=min(8, 4 + length // 256), hops=hops, drill=drill)
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and loss weights, both (rows, length + 1); each row is one conversation."""
+        length = self.row_length(step)
+        stage = self.stage(step, length)
+        rows = [
+            self.encoder.row(
+                conversation(random.Random(f"{self.seed} {step} {i}"), stage), length + 1
+            )
+            for i in range(self.recipe.step_tokens // length)
+        ]
+        ids, weights = zip(*rows, strict=True)
+        return torch.tensor(ids), torch.tensor(weights)
+
+
+class Trainer:
+    """One run: model, optimiser and log, all of it in one checkpoint file."""
+
+    PROGRESS = ("step", "seconds", "log")
 
     def __init__(
-        self,
-        name: str,
-        model: PreTrainedModel,
-        encoder: ChatEncoder,
-        recipe: Recipe,
-        steps: int,
-        seed: int,
+        self, name: str, model: PreTrainedModel, data: Batches, workers: int, device: torch.device
     ) -> None:
-        self.name, self.model, self.encoder, self.recipe = name, model, encoder, recipe
-        self.steps, self.seed = steps, seed
-        self.earlier: list[int] = []  # steps of the rounds before this one
+        self.name, self.model, self.data, self.workers = name, model.to(device), data, workers
+        self.encoder, self.recipe, self.steps = data.encoder, data.recipe, data.steps
+        recipe = data.recipe
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim == 1]
         self.optimizer = torch.optim.AdamW(
@@ -350,24 +402,8 @@ class Trainer:
         )
         self.balancer = BiasBalancer(model, recipe.bias_rate)
         self.step = 0
-        self.hops = 0
         self.seconds = 0.0
         self.log: list[dict] = []
-
-    def start_from(self, folder: Path) -> None:
-        """Takes over the weights of a published folder; its log and its rounds go on here."""
-        weights = type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict()
-        self.model.load_state_dict(weights)
-        lines = map(json.loads, (folder / "training_log.jsonl").read_text().splitlines())
-        self.log = [line for line in lines if "final" not in line]
-        self.earlier = next(line["rounds"] for line in self.log if "rounds" in line)
-        self.seconds = next(line["seconds"] for line in self.log if "rounds" in line)
-        self.log = [line for line in self.log if "rounds" not in line]
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of this round and the ones before it, so far."""
-        return sum(self.earlier) + self.step
 
     def learning_rate(self) -> float:
         """Linear warm-up, then a cosine down to a hundredth."""
@@ -377,40 +413,15 @@ class Trainer:
         done = (self.step - warmup) / max(self.steps - warmup, 1)
         return self.recipe.learning_rate * (0.505 + 0.495 * math.cos(math.pi * done))
 
-    def row_length(self) -> int:
-        """Short rows first; half of the rows are longer from half-time on, then longer still."""
-        short, middle, long = self.recipe.lengths
-        progress = self.step / self.steps
-        if progress < 0.5 or self.step % 2 == 0:
-            return short
-        return long if progress > 0.75 and self.step % 4 == 1 else middle
-
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and loss weights, both (rows, length + 1); each row is one conversation."""
-        length = self.row_length()
-        # Only half of a row is filler, so that there is room for questions behind it.
-        drill = 3.0 if self.hops < MAX_HOPS and self.step < 0.6 * self.steps else 1.0
-        stage = Stage(words=length * 2 // 5, keys=4 + length // 256, hops=self.hops, drill=drill)
-        rows = [
-            self.encoder.row(
-                conversation(random.Random(f"{self.seed} {self.total_steps} {i}"), stage),
-                length + 1,
-            )
-            for i in range(self.recipe.step_tokens // length)
-        ]
-        ids, weights = zip(*rows, strict=True)
-        return torch.tensor(ids), torch.tensor(weights)
-
-    def train_step(self) -> tuple[float, float]:
+    def train_step(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One update; the mean loss by weight, and the mean loss on answers, in nats."""
-        ids, weights = self.batch()
+        ids, weights = ids.to(self.model.device), weights.to(self.model.device)[:, 1:].flatten()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         output = self.model(input_ids=ids[:, :-1])
         losses = torch.nn.functional.cross_entropy(
             output.logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
         )
-        weights = weights[:, 1:].flatten()
         loss = (losses * weights).sum() / weights.sum()
         balance = getattr(output, "aux_loss", None)
         total = loss if balance is None else loss + self.model.router_aux_loss_coef * balance
@@ -420,16 +431,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.balancer.update()
         self.step += 1
-        return loss.item(), losses[weights == 1].mean().item()
-
-    def promote(self) -> None:
-        """Adds a hop to the chains of assignments once the longest ones are mastered."""
-        stage = Stage(words=0, hops=self.hops)
-        asked = questions(self.total_steps, "tracking", 100, stage)
-        share = accuracy(self.model, self.encoder, asked)
-        self.log.append({"step": self.total_steps, "hops": self.hops, "tracking": share})
-        if share >= self.recipe.promote_at and self.hops < MAX_HOPS:
-            self.hops += 1
+        answers = weights == 1
+        return torch.stack((loss, (losses * answers).sum() / answers.sum())).detach()
 
     def save(self, path: Path) -> None:
         """Writes the checkpoint, whole or not at all."""
@@ -451,6 +454,14 @@ class Trainer:
 
     def run(self, checkpoint: Path, quick: dict[str, list[dict]]) -> None:
         """Trains to the end; logs, tests a few questions and writes the checkpoint now and then."""
+        batches = iter(
+            DataLoader(
+                self.data,
+                batch_size=None,
+                sampler=range(self.step, self.steps),
+                num_workers=self.workers,
+            )
+        )
         bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -461,28 +472,26 @@ class Trainer:
         with bar:
             task = bar.add_task("", total=self.steps, completed=self.step, loss=math.nan, speed=0)
             while self.step < self.steps:
-                started, loss, answer_loss = time.monotonic(), 0.0, 0.0
+                started, losses = time.monotonic(), []
                 for _ in range(50):
-                    step_loss, step_answer_loss = self.train_step()
-                    loss, answer_loss = loss + step_loss / 50, answer_loss + step_answer_loss / 50
+                    losses.append(self.train_step(*next(batches)))
                     bar.update(task, completed=self.step)
+                loss, answer_loss = torch.stack(losses).mean(0).tolist()
                 seconds = time.monotonic() - started
                 speed = 50 * self.recipe.step_tokens / seconds
                 bar.update(task, loss=loss, speed=speed)
                 self.log.append(
                     {
-                        "step": self.total_steps,
+                        "step": self.step,
                         "loss": round(loss, 4),
                         "answer_loss": round(answer_loss, 4),
                         "tokens_per_s": round(speed),
                     }
                 )
-                if self.step % 250 == 0:
-                    self.promote()
-                    bar.console.print(json.dumps(self.log[-2] | self.log[-1]))
                 if self.step % 500 == 0:
+                    bar.console.print(json.dumps(self.log[-1]))
                     tested = {s: accuracy(self.model, self.encoder, q) for s, q in quick.items()}
-                    self.log.append({"step": self.total_steps, "accuracy": rounded(tested)})
+                    self.log.append({"step": self.step, "accuracy": rounded(tested)})
                     bar.console.print(json.dumps(self.log[-1]))
                 self.seconds += time.monotonic() - started
                 if self.step % 250 == 0:
@@ -519,11 +528,10 @@ def publish(folder: Path, trainer: Trainer, results: dict[str, tuple[float, int]
     write_json(new / "tokenizer_config.json", TOKENIZER_CONFIG)
     tokenizer.save(str(new / "tokenizer.json"))
     (new / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    rounds = {"rounds": [*trainer.earlier, trainer.step], "seconds": round(trainer.seconds)}
     final = [
         {"final": name, "accuracy": round(share, 4), "n": n} for name, (share, n) in results.items()
     ]
-    log = [rounds, *trainer.log, *final]
+    log = [*trainer.log, *final]
     (new / "training_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     draw_training(new / "training.png", trainer.log)
     (new / "README.md").write_text(card(trainer, results))
@@ -554,25 +562,12 @@ def draw_training(path: Path, log: list[dict]) -> None:
     tests = [line for line in log if "accuracy" in line]
     right.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)
     for skill in tests[-1]["accuracy"] if tests else ():
-        tested = [line for line in tests if skill in line["accuracy"]]  # later rounds may add one
-        shares = [100 * line["accuracy"][skill] for line in tested]
-        right.plot([line["step"] for line in tested], shares, label=skill, linewidth=1)
+        shares = [100 * line["accuracy"][skill] for line in tests]
+        right.plot([line["step"] for line in tests], shares, label=skill, linewidth=1)
     right.set(xlabel="step", ylabel="right answers, %", ylim=(0, 101))
     right.legend(fontsize=6, loc="lower right")
     figure.tight_layout()
     figure.savefig(path)
-
-
-def commands(trainer: Trainer) -> str:
-    """The training commands, one for each round."""
-    lines = []
-    for i, steps in enumerate([*trainer.earlier, trainer.step]):
-        start = f" --start-from mlx_loop/demo/{trainer.name}" if i else ""
-        lines.append(
-            f"python scripts/train_demo.py --model {trainer.name} --steps {steps}"
-            f" --seed {trainer.seed}{start}"
-        )
-    return "\n".join(lines)
 
 
 def result_table(results: dict[str, tuple[float, int]]) -> str:
@@ -592,6 +587,13 @@ def loss_table(log: list[dict], rows: int = 12) -> str:
         f"| {losses[i]['step']} | {losses[i]['loss']:.3f} | {losses[i]['answer_loss']:.3f} |"
         for i in chosen
     )
+
+
+def machine(device: torch.device) -> str:
+    """What the run was on, and its arithmetic."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, products in TF32"
+    return f"{os.cpu_count()}-core {platform.machine()} CPU, {platform.system()}"
 
 
 def layout(model: PreTrainedModel) -> str:
@@ -626,15 +628,13 @@ def card(trainer: Trainer, results: dict[str, tuple[float, int]]) -> str:
         layout=layout(trainer.model),
         longest=max(recipe.lengths),
         lengths=", ".join(map(str, recipe.lengths)),
-        commands=commands(trainer),
-        steps=trainer.total_steps,
-        tokens=f"{trainer.total_steps * recipe.step_tokens / 1e6:.1f} million",
+        seed=trainer.data.seed,
+        steps=trainer.step,
+        tokens=f"{trainer.step * recipe.step_tokens / 1e6:.1f} million",
         recipe=", ".join(f"{name} {value}" for name, value in asdict(recipe).items()),
-        hops=trainer.hops,
         max_hops=MAX_HOPS,
-        promote=f"{recipe.promote_at:.0%}",
         minutes=round(trainer.seconds / 60),
-        machine=f"{os.cpu_count()}-core {platform.machine()} CPU, {platform.system()}",
+        machine=machine(trainer.model.device),
         torch=torch.__version__.split("+")[0],
         fallback=FALLBACK_START,
         skills=result_table(wanted),
@@ -694,8 +694,8 @@ in a text by the words of filler around them.
 the user's. An answer is right if the stripped reply equals `answer`. Only for `fallback` is it
 enough that the reply begins with `answer`.
 
-**Held out.** Every question has a key: the two numbers to add, the digits to sum, the letters to
-sort, reverse or count, the (person, known attribute, wanted attribute) of a two-hop question, the
+**Held out.** Every question has a key: the two numbers to add (unless both have one digit: those are
+taught), the digits to sum, the letters to sort, reverse or count, the (person, known attribute, wanted attribute) of a two-hop question, the
 name, the text to repeat, the codes, the assignments, and for `facts` and `fallback` the wording.
 One key in ten, by a checksum, is never trained on. The facts themselves are trained on, in other
 wordings; a held-out two-hop pair is trained on in no wording.
@@ -703,16 +703,16 @@ wordings; a held-out two-hop pair is trained on in no wording.
 ## How it was made
 
 ```
-{commands}
+python scripts/train_demo.py --model {name} --steps {steps} --seed {seed}
 ```
 
 {steps} steps, {tokens} tokens, {minutes} minutes on a {machine}, PyTorch {torch}, float32.
 Rows of {lengths} tokens, the longer ones in the second half; each row is one conversation, so that
-nothing in a context contradicts the rest. {recipe}; cosine decay to a hundredth in each round;
-initial standard deviation 0.05, output projections divided by sqrt(2 layers). Chains of assignments
-started at zero hops and gained one whenever the longest ones were answered at {promote} or better;
-the run reached {hops} of {max_hops}. Sampling is seeded, but a different number of threads changes
-the rounding, so that retraining gives a similar model, not the same bits.
+nothing in a context contradicts the rest. {recipe}; cosine decay
+to a hundredth; initial standard deviation 0.05, output projections divided by sqrt(2 layers).
+Chains of assignments start at zero hops and gain one after each `hop_share` of the run, up to {max_hops}.
+Sampling is seeded, but another machine rounds otherwise, so that retraining gives a similar model,
+not the same bits.
 
 ![loss and accuracies](training.png)
 
@@ -736,7 +736,7 @@ EXPERTS_LIMIT = """\
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Train a demo checkpoint from scratch on a CPU and write it to --out.",
+        description="Train a demo checkpoint from scratch, on a GPU if there is one.",
         epilog="The run writes a checkpoint every 250 steps; the same command goes on from there.",
     )
     parser.add_argument(
@@ -744,12 +744,6 @@ def main() -> None:
     )
     parser.add_argument(
         "--out", type=Path, help="folder to write (default: mlx_loop/demo/ and the model's name)"
-    )
-    parser.add_argument(
-        "--start-from",
-        type=Path,
-        metavar="FOLDER",
-        help="published demo to train further in another round, instead of random weights",
     )
     parser.add_argument(
         "--scratch",
@@ -761,7 +755,7 @@ def main() -> None:
         "--steps",
         type=int,
         default=6000,
-        help="optimiser steps of 2048 tokens, a multiple of 50 (default %(default)s)",
+        help="optimiser steps of 16384 tokens, a multiple of 50 (default %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument(
@@ -770,21 +764,25 @@ def main() -> None:
         default=os.cpu_count(),
         help="CPU threads; leave one out if something else keeps a core busy (default %(default)s)",
     )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes that make data (default %(default)s)"
+    )
     args = parser.parse_args()
     if args.steps <= 0 or args.steps % 50:
         parser.error(f"--steps: expected a positive multiple of 50, found {args.steps}; try 6000")
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     frozen = DEMO / "dense" / "tokenizer.json"  # all demos share it
     tokenizer = Tokenizer.from_file(str(frozen)) if frozen.exists() else train_tokenizer(args.seed)
     recipe = Recipe()
     encoder = ChatEncoder(tokenizer, recipe.prompt_weight)
     model = MODELS[args.model]()
     scale_outputs(model)
-    trainer = Trainer(args.model, model, encoder, recipe, args.steps, args.seed)
-    if args.start_from:
-        trainer.start_from(args.start_from)
+    data = Batches(encoder, recipe, args.steps, args.seed)
+    trainer = Trainer(args.model, model, data, args.workers, device)
     args.scratch.mkdir(parents=True, exist_ok=True)
     checkpoint = args.scratch / f"{args.model}.pt"
     if checkpoint.exists():
