@@ -695,10 +695,10 @@ the user's. An answer is right if the stripped reply equals `answer`. Only for `
 enough that the reply begins with `answer`.
 
 **Held out.** Every question has a key: the two numbers to add (unless both have one digit: those are
-taught), the digits to sum, the letters to sort, reverse or count, the (person, known attribute, wanted attribute) of a two-hop question, the
-name, the text to repeat, the codes, the assignments, and for `facts` and `fallback` the wording.
-One key in ten, by a checksum, is never trained on. The facts themselves are trained on, in other
-wordings; a held-out two-hop pair is trained on in no wording.
+taught), the digits to sum, the letters to sort, reverse or count, the (person, known attribute,
+wanted attribute) of a two-hop question, the name, the text to repeat, the codes, the assignments, and
+for `facts` and `fallback` the wording. One key in ten, by a checksum, is never trained on. The facts
+themselves are trained on, in other wordings; a held-out two-hop pair is trained on in no wording.
 
 ## How it was made
 
