@@ -694,11 +694,12 @@ in a text by the words of filler around them.
 the user's. An answer is right if the stripped reply equals `answer`. Only for `fallback` is it
 enough that the reply begins with `answer`.
 
-**Held out.** Every question has a key: the two numbers to add (unless both have one digit: those are
-taught), the digits to sum, the letters to sort, reverse or count, the (person, known attribute,
-wanted attribute) of a two-hop question, the name, the text to repeat, the codes, the assignments, and
-for `facts` and `fallback` the wording. One key in ten, by a checksum, is never trained on. The facts
-themselves are trained on, in other wordings; a held-out two-hop pair is trained on in no wording.
+**Held out.** Every question has a key: the two numbers to add (unless both have one digit: those
+are taught), the digits to sum, the letters to sort, reverse or count, the (person, known
+attribute, wanted attribute) of a two-hop question, the name, the text to repeat, the codes, the
+assignments, and for `facts` and `fallback` the wording. One key in ten, by a checksum, is never
+trained on. The facts themselves are trained on, in other wordings; a held-out two-hop pair is
+trained on in no wording.
 
 ## How it was made
 
@@ -710,9 +711,9 @@ python scripts/train_demo.py --model {name} --steps {steps} --seed {seed}
 Rows of {lengths} tokens, the longer ones in the second half; each row is one conversation, so that
 nothing in a context contradicts the rest. {recipe}; cosine decay
 to a hundredth; initial standard deviation 0.05, output projections divided by sqrt(2 layers).
-Chains of assignments start at zero hops and gain one after each `hop_share` of the run, up to {max_hops}.
-Sampling is seeded, but another machine rounds otherwise, so that retraining gives a similar model,
-not the same bits.
+Chains of assignments start at zero hops and gain one after each `hop_share` of the run,
+up to {max_hops}. Sampling is seeded, but another machine rounds otherwise, so that
+retraining gives a similar model, not the same bits.
 
 ![loss and accuracies](training.png)
 
