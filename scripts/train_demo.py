@@ -383,7 +383,7 @@ class Batches(Dataset):
 class Trainer:
     """One run: model, optimiser and log, all of it in one checkpoint file."""
 
-    PROGRESS = ("step", "seconds", "log")
+    PROGRESS = ("step", "seconds", "log", "earlier")
 
     def __init__(
         self, name: str, model: PreTrainedModel, data: Batches, workers: int, device: torch.device
@@ -404,6 +404,37 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.log: list[dict] = []
+        self.earlier: list[dict] = []  # lines of the log: the rounds before this one
+
+    def start_from(self, folder: Path) -> None:
+        """Takes over the weights of a published folder; its rounds and its log go on here."""
+        weights = type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict()
+        self.model.load_state_dict(weights)
+        lines = map(json.loads, (folder / "training_log.jsonl").read_text().splitlines())
+        lines = [line for line in lines if "final" not in line]
+        self.earlier = [line for line in lines if "command" in line]
+        self.log = [line for line in lines if "command" not in line]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of this round and of the ones before it, so far."""
+        return self.step + sum(line["steps"] for line in self.earlier)
+
+    def rounds(self) -> list[dict]:
+        """How the weights came to be: a line of the log for each round."""
+        start = f" --start-from mlx_loop/demo/{self.name}" if self.earlier else ""
+        return [
+            *self.earlier,
+            {
+                "command": f"python scripts/train_demo.py --model {self.name} --steps {self.steps}"
+                f" --step-tokens {self.recipe.step_tokens} --learning-rate"
+                f" {self.recipe.learning_rate} --seed {self.data.seed}{start}",
+                "steps": self.steps,
+                "tokens": self.steps * self.recipe.step_tokens,
+                "minutes": round(self.seconds / 60, 1),
+                "machine": machine(self.model.device),
+            },
+        ]
 
     def learning_rate(self) -> float:
         """Linear warm-up, then a cosine down to a hundredth."""
@@ -482,7 +513,7 @@ class Trainer:
                 bar.update(task, loss=loss, speed=speed)
                 self.log.append(
                     {
-                        "step": self.step,
+                        "step": self.total_steps,
                         "loss": round(loss, 4),
                         "answer_loss": round(answer_loss, 4),
                         "tokens_per_s": round(speed),
@@ -491,7 +522,7 @@ class Trainer:
                 if self.step % 500 == 0:
                     bar.console.print(json.dumps(self.log[-1]))
                     tested = {s: accuracy(self.model, self.encoder, q) for s, q in quick.items()}
-                    self.log.append({"step": self.step, "accuracy": rounded(tested)})
+                    self.log.append({"step": self.total_steps, "accuracy": rounded(tested)})
                     bar.console.print(json.dumps(self.log[-1]))
                 self.seconds += time.monotonic() - started
                 if self.step % 250 == 0:
@@ -531,7 +562,7 @@ def publish(folder: Path, trainer: Trainer, results: dict[str, tuple[float, int]
     final = [
         {"final": name, "accuracy": round(share, 4), "n": n} for name, (share, n) in results.items()
     ]
-    log = [*trainer.log, *final]
+    log = [*trainer.rounds(), *trainer.log, *final]
     (new / "training_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     draw_training(new / "training.png", trainer.log)
     (new / "README.md").write_text(card(trainer, results))
@@ -591,9 +622,12 @@ def loss_table(log: list[dict], rows: int = 12) -> str:
 
 def machine(device: torch.device) -> str:
     """What the run was on, and its arithmetic."""
+    version = f"PyTorch {torch.__version__.split('+')[0]}"
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, products in TF32"
-    return f"{os.cpu_count()}-core {platform.machine()} CPU, {platform.system()}"
+        return f"{torch.cuda.get_device_name(device)}, {version}, products in TF32"
+    return (
+        f"{os.cpu_count()}-core {platform.machine()} CPU, {platform.system()}, {version}, float32"
+    )
 
 
 def layout(model: PreTrainedModel) -> str:
@@ -620,7 +654,7 @@ def layout(model: PreTrainedModel) -> str:
 
 def card(trainer: Trainer, results: dict[str, tuple[float, int]]) -> str:
     """The model card; every number in it comes from this run."""
-    recipe = trainer.recipe
+    recipe, rounds = trainer.recipe, trainer.rounds()
     wanted = {name: result for name, result in results.items() if name in CHECKED}
     probes = {name: result for name, result in results.items() if name not in CHECKED}
     return CARD.format(
@@ -628,14 +662,14 @@ def card(trainer: Trainer, results: dict[str, tuple[float, int]]) -> str:
         layout=layout(trainer.model),
         longest=max(recipe.lengths),
         lengths=", ".join(map(str, recipe.lengths)),
-        seed=trainer.data.seed,
-        steps=trainer.step,
-        tokens=f"{trainer.step * recipe.step_tokens / 1e6:.1f} million",
+        commands="\n".join(line["command"] for line in rounds),
+        made="; then ".join(
+            f"{line['steps']} steps, {line['tokens'] / 1e6:.1f} million tokens,"
+            f" {line['minutes']} minutes on a {line['machine']}"
+            for line in rounds
+        ),
         recipe=", ".join(f"{name} {value}" for name, value in asdict(recipe).items()),
         max_hops=MAX_HOPS,
-        minutes=round(trainer.seconds / 60),
-        machine=machine(trainer.model.device),
-        torch=torch.__version__.split("+")[0],
         fallback=FALLBACK_START,
         skills=result_table(wanted),
         probes=result_table(probes),
@@ -704,13 +738,13 @@ trained on in no wording.
 ## How it was made
 
 ```
-python scripts/train_demo.py --model {name} --steps {steps} --seed {seed}
+{commands}
 ```
 
-{steps} steps, {tokens} tokens, {minutes} minutes on a {machine}, PyTorch {torch}, float32.
+{made}.
 Rows of {lengths} tokens, the longer ones in the second half; each row is one conversation, so that
 nothing in a context contradicts the rest. {recipe}; cosine decay
-to a hundredth; initial standard deviation 0.05, output projections divided by sqrt(2 layers).
+to a hundredth in each round; initial standard deviation 0.05, output projections divided by sqrt(2 layers).
 Chains of assignments start at zero hops and gain one after each `hop_share` of the run,
 up to {max_hops}. Sampling is seeded, but another machine rounds otherwise, so that
 retraining gives a similar model, not the same bits.
@@ -756,7 +790,27 @@ def main() -> None:
         "--steps",
         type=int,
         default=6000,
-        help="optimiser steps of 16384 tokens, a multiple of 50 (default %(default)s)",
+        help="optimiser steps, a multiple of 50 (default %(default)s)",
+    )
+    parser.add_argument(
+        "--step-tokens",
+        type=int,
+        default=Recipe.step_tokens,
+        metavar="N",
+        help="tokens of a step (default %(default)s)",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=Recipe.learning_rate,
+        metavar="R",
+        help="at its highest (default %(default)s)",
+    )
+    parser.add_argument(
+        "--start-from",
+        type=Path,
+        metavar="FOLDER",
+        help="published demo to train further in another round, instead of random weights",
     )
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument(
@@ -778,12 +832,14 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     frozen = DEMO / "dense" / "tokenizer.json"  # all demos share it
     tokenizer = Tokenizer.from_file(str(frozen)) if frozen.exists() else train_tokenizer(args.seed)
-    recipe = Recipe()
+    recipe = Recipe(step_tokens=args.step_tokens, learning_rate=args.learning_rate)
     encoder = ChatEncoder(tokenizer, recipe.prompt_weight)
     model = MODELS[args.model]()
     scale_outputs(model)
     data = Batches(encoder, recipe, args.steps, args.seed)
     trainer = Trainer(args.model, model, data, args.workers, device)
+    if args.start_from:
+        trainer.start_from(args.start_from)
     args.scratch.mkdir(parents=True, exist_ok=True)
     checkpoint = args.scratch / f"{args.model}.pt"
     if checkpoint.exists():
