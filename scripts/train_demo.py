@@ -744,7 +744,8 @@ trained on in no wording.
 {made}.
 Rows of {lengths} tokens, the longer ones in the second half; each row is one conversation, so that
 nothing in a context contradicts the rest. {recipe}; cosine decay
-to a hundredth in each round; initial standard deviation 0.05, output projections divided by sqrt(2 layers).
+to a hundredth in each round; initial standard deviation 0.05, output projections divided by
+sqrt(2 layers).
 Chains of assignments start at zero hops and gain one after each `hop_share` of the run,
 up to {max_hops}. Sampling is seeded, but another machine rounds otherwise, so that
 retraining gives a similar model, not the same bits.

@@ -208,7 +208,14 @@ def test_trace_prints_a_table_draws_and_judges(tmp_path, capsys):
     plot = str(tmp_path / "t.png")
     assert main(["trace", *QUESTION[:2], "--tokens", "--plot", plot]) == 0
     out = capsys.readouterr().out
-    for words in ("residual", "contraction", "lens KL", "result", "'assistant'", "converging: "):
+    for words in (
+        "residual",
+        "contraction",
+        "lens KL",
+        "result",
+        "'assistant'",
+        "drifting: residual",
+    ):
         assert words in out
     assert (tmp_path / "t.png").exists()
     assert (tmp_path / "t-dark.png").exists()

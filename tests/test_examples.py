@@ -47,7 +47,7 @@ def test_a_notebook_runs_from_top_to_bottom(notebook, capsys):
         exec(compile("".join(cell["source"]), f"{notebook.name}, cell {number}", "exec"), names)
     out = capsys.readouterr().out
     assert "42" in out
-    assert "anchored converging" in out
+    assert "anchored drifting" in out
     assert "naive drifting" in out
     assert names["axis"].has_data()
 

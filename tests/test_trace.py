@@ -11,7 +11,7 @@ from conftest import make, relative_error, tokens
 
 from mlx_loop import LoopConfig, UserError
 from mlx_loop.measure.comparison import kl
-from mlx_loop.measure.trace import Loop, State, trace
+from mlx_loop.measure.trace import Loop, Pass, State, trace
 from mlx_loop.method.routing import expert_changes
 
 
@@ -54,7 +54,7 @@ def test_euler_on_a_linear_map(c, loops):
     r = 1 + (c - 1) / loops
     assert len(loop.passes) == loops
     for k, one in enumerate(loop.passes):
-        close(one.residual, abs(c - 1))
+        close(one.residual, abs(c - 1) * r**k / c)
         close(one.before.norm, r**k / c)
         close(one.before.cosine, 1)
         if k:
@@ -112,6 +112,13 @@ def test_one_pass_supports_no_verdict_and_what_is_not_a_number_diverges():
     state = State([1.0], [1.0], [0.0])
     assert Loop([2], [None], state, [1.0]).verdict == "no verdict"
     assert Loop([2], [None] * 2, state, [math.nan]).verdict == "diverging"
+
+
+@pytest.mark.parametrize(("contraction", "verdict"), [(0.9, "converging"), (1.1, "drifting")])
+def test_a_map_that_drives_states_apart_is_not_called_converging(contraction, verdict):
+    state = State([1.0], [1.0], [0.0])
+    last = Pass(state, [0.5], [contraction], None)
+    assert Loop([2], [None, last], state, [0.5]).verdict == verdict
 
 
 def test_the_lens_is_the_models_head():

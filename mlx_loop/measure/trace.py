@@ -51,7 +51,7 @@ class Pass:
 
     Args:
         before: the state x.
-        residual: |g(x) - x| / |x|.
+        residual: |g(x) - x| / |g(x0)|.
         contraction: |g(x) - g(x')| / |x - x'|, x' the state of the evaluation before: below 1
             the map contracts along this step. Not a number in the first pass, and where
             |x - x'| is lost in rounding.
@@ -90,9 +90,19 @@ class Loop:
         if not growth <= GROWN:
             return "diverging"
         steady = sum(g <= 1 for g in self.growth) / len(self.growth)
-        if growth < SHRUNK and steady >= MOST and self.outside <= 1 - MOST:
+        if growth < SHRUNK and steady >= MOST and self.contracts and self.outside <= 1 - MOST:
             return "converging"
         return "drifting"
+
+    @property
+    def contraction(self) -> float:
+        """Of the last pass, the median."""
+        return middle(self.passes[-1].contraction)
+
+    @property
+    def contracts(self) -> bool:
+        """Whether nothing says that the map drives states apart."""
+        return not self.contraction > 1
 
     @property
     def outside(self) -> float:
@@ -106,9 +116,9 @@ class Loop:
         grew = sum(not g <= 1 for g in self.growth) / len(self.growth)
         low, high = BAND
         return (
-            f"residual x{median(self.growth):.2f} from first to last pass (median), grows for "
-            f"{grew:.0%} of tokens; norm outside {low}-{high} of the natural pass's for "
-            f"{self.outside:.0%}"
+            f"residual x{median(self.growth):.2f} from first to last pass, grows for {grew:.0%} of "
+            f"tokens; contraction {self.contraction:.2f} in the last pass; norm outside {low}-"
+            f"{high} of the natural pass's for {self.outside:.0%}"
         )
 
 
@@ -178,7 +188,7 @@ def _loop(
         passes.append(
             Pass(
                 _state(model, x, natural),
-                _floats(_norm(gx, x) / _norm(x)),
+                _floats(_norm(gx, x) / _norm(natural)),
                 _contraction(x, gx, before),
                 statistics.fmean(changed) if changed else None,
             )
@@ -224,6 +234,12 @@ def mean(values: Sequence[float]) -> float:
     """Of those that are numbers; not a number if none is."""
     known = [value for value in values if not math.isnan(value)]
     return statistics.fmean(known) if known else math.nan
+
+
+def middle(values: Sequence[float]) -> float:
+    """The median of those that are numbers; not a number if none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median(known) if known else math.nan
 
 
 def median(values: Sequence[float]) -> float:

@@ -94,7 +94,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def show(traced: Trace, tokenizer: TokenizerWrapper, tokens: bool) -> None:
-    """The means over tokens for each pass, the verdict, and if wanted a line for each token."""
+    """The medians over tokens for each pass, the verdict, and if wanted a line for each token."""
     from ..terminal import describe, out
 
     out.print(f"loop {describe(traced.loop)}, {len(traced.tokens)} tokens", style="dim")
@@ -121,16 +121,16 @@ def _where(loop: Loop) -> str:
 def _passes(loop: Loop) -> Table:
     from rich.table import Table
 
-    from ...measure.trace import mean
+    from ...measure.trace import middle
 
     experts = loop.passes[0].experts_changed is not None
-    table = Table(title=f"{_where(loop)}, means over tokens", title_justify="left", box=None)
+    table = Table(title=f"{_where(loop)}, medians over tokens", title_justify="left", box=None)
     for name in ("pass", "residual", "contraction", "norm", "cosine", "lens KL"):
         table.add_column(name, justify="right")
     if experts:
         table.add_column("experts changed", justify="right")
     for number, one in enumerate(loop.passes, start=1):
-        cells = [str(number), _number(mean(one.residual)), _number(mean(one.contraction))]
+        cells = [str(number), _number(middle(one.residual)), _number(middle(one.contraction))]
         cells += _state(one.before)
         if one.experts_changed is not None:
             cells.append(f"{one.experts_changed:.0%}")
@@ -160,9 +160,9 @@ def _tokens(traced: Trace, tokenizer: TokenizerWrapper) -> Table:
 
 
 def _state(state: State) -> list[str]:
-    from ...measure.trace import mean
+    from ...measure.trace import middle
 
-    return [_number(mean(values)) for values in (state.norm, state.cosine, state.lens_kl)]
+    return [_number(middle(values)) for values in (state.norm, state.cosine, state.lens_kl)]
 
 
 def _number(value: float) -> str:
@@ -178,14 +178,15 @@ def draw(pyplot: Any, traced: Trace) -> Any:
     """
     figure, axes = pyplot.subplots(2, 2, figsize=(8, 5.6), layout="constrained")
     panels = {
-        "residual |g(x) - x| / |x|": lambda loop: [p.residual for p in loop.passes],
+        "residual |g(x) - x| / |g(x0)|": lambda loop: [p.residual for p in loop.passes],
         "contraction |g(x) - g(x')| / |x - x'|": lambda loop: [p.contraction for p in loop.passes],
         "norm of the state / natural pass": lambda loop: [s.norm for s in _states(loop)],
         "KL of the logit lens to the natural pass": lambda loop: [s.lens_kl for s in _states(loop)],
     }
     for axis, (title, values) in zip(axes.flat, panels.items(), strict=True):
         for loop in traced.loops:
-            _line(axis, values(loop), _where(loop), len(traced.loops) == 1)
+            alone = len(traced.loops) == 1
+            _line(axis, values(loop), "median token" if alone else _where(loop), alone)
         passes = len(traced.loops[0].passes)
         axis.set_title(title)
         axis.set_xticks(range(1, passes + 2), [*map(str, range(1, passes + 1)), "result"])
@@ -194,8 +195,8 @@ def draw(pyplot: Any, traced: Trace) -> Any:
         axis.axhline(1, linewidth=0.8, linestyle="--", color=pyplot.rcParams["text.color"])
     for axis in axes[1]:
         axis.set_xlabel("before pass")
-    if len(traced.loops) > 1:
-        axes[0, 0].legend(frameon=False)
+    labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(f"{traced.loop}: {traced.verdict}, {len(traced.tokens)} tokens")
     return figure
 
@@ -216,4 +217,7 @@ def _line(axis: Any, values: Sequence[Sequence[float]], label: str, band: bool) 
         lows, medians, highs = zip(*bands, strict=True)
         (line,) = axis.plot(numbers, medians, marker="o", markersize=4, label=label)
         if band:
-            axis.fill_between(numbers, lows, highs, alpha=0.2, color=line.get_color(), linewidth=0)
+            colour, label = line.get_color(), "middle 80 % of tokens"
+            axis.fill_between(
+                numbers, lows, highs, alpha=0.2, color=colour, linewidth=0, label=label
+            )
