@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pexpect
 import pytest
 
+from mlx_loop.checkpoints.loading import DEMOS
 from mlx_loop.screens.cli import main
 
 CHAT = [sys.executable, "-m", "mlx_loop.screens.cli", "chat"]
@@ -95,6 +97,54 @@ def test_another_number_of_loops_brings_its_own_weights():
     assert "poly_blend, 6 loops" in out
 
 
+def test_a_question_is_asked_again_or_taken_back(tmp_path):
+    file = tmp_path / "talk.json"
+    lines = piped(f"what is 7 + 8?\n/retry\nhello\n/undo\n/save {file}\n").splitlines()
+    assert lines[0] == lines[2] == "15"
+    assert lines[-2] == "forgotten: hello"
+    said = [m["content"] for m in json.loads(file.read_text())["messages"]]
+    assert said == ["what is 7 + 8?", "15"]
+
+
+def test_save_without_a_name_goes_to_its_own_file_again(tmp_path):
+    file = tmp_path / "talk.json"
+    piped(f"hello\n/save {file}\nhow are you?\n/save\n")
+    assert len(json.loads(file.read_text())["messages"]) == 4
+    piped(f"/load {file}\nthanks\n/save\n")
+    assert len(json.loads(file.read_text())["messages"]) == 6
+    piped("hello\n/save\n", status=2)
+
+
+def test_a_file_goes_before_the_next_message_only(tmp_path):
+    notes, file = tmp_path / "my notes.txt", tmp_path / "talk.json"
+    notes.write_text("The code for amber is 4821.")
+    out = piped(f"/file {notes}\nwhat is the code for amber?\nhello\n/save {file}\n")
+    assert "\n4821\n" in out
+    asked = [m["content"] for m in json.loads(file.read_text())["messages"][::2]]
+    assert asked == ["The code for amber is 4821.\n\nwhat is the code for amber?", "hello"]
+
+
+def test_every_setting_is_a_command_and_answers_change_while_it_runs():
+    out = piped("/beta 0.3\n/loops 2\n/max-tokens 3\ntell me a story\n/info\n")
+    assert "2 loops of [4,8), beta 0.3" in out.splitlines()[1]
+    assert "\n3 tokens" in out
+    hot = "/temp 5\n/top-p 1\n/seed {}\ntell me a story\n"
+    first, again, other = (piped(hot.format(seed)).splitlines()[0] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_sampling_is_as_the_checkpoint_says_unless_asked(tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(DEMOS["demo"], folder)
+    config = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 7}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    for options, said in (([], True), (["--temp", "0"], False)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.stdin", io.StringIO("hello\n"))
+            assert main(["chat", "--model", str(folder), *options]) == 0
+        assert ("temp 0.5, top_p 0.9, top_k 7" in capsys.readouterr().err) is said
+
+
 def test_an_error_in_a_pipe_stops_with_status_2(tmp_path):
     for line in (
         "/nonsense",
@@ -103,6 +153,11 @@ def test_an_error_in_a_pipe_stops_with_status_2(tmp_path):
         "/set beta 3",
         "/draft nonsense",
         "/set",
+        "/set routing frozen",
+        "/retry",
+        "/temp -1",
+        "/max-tokens 0",
+        f"/file {tmp_path}/no",
         f"/load {tmp_path}/no",
     ):
         piped(line + "\n", status=2)
@@ -121,7 +176,7 @@ def test_the_screen(screen, tmp_path):
     send(screen, "/help", "/window", "/save", "Alt-Enter")
     send(screen, f"/save {tmp_path}/talk.json", "4 messages saved")
     send(screen, f"/save {tmp_path}/talk.json", "exists already")
-    send(screen, "/reset", "new conversation")
+    send(screen, "/clear", "new conversation")
     screen.sendeof()
     screen.expect(pexpect.EOF)
     screen.wait()
@@ -135,6 +190,17 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_session(screen):
     screen.sendintr()
     screen.expect("stopped|tokens/s")
     send(screen, "What is 12 + 30?", "tokens/s")
+
+
+def test_edit_puts_the_last_question_at_the_prompt(screen):
+    send(screen, "What is 12 + 30?", "42", "tokens/s")
+    screen.send("/edit\r")
+    screen.expect("> [^\n]*What is 12 \\+ 30\\?")
+    screen.send("\x7f" * 3 + "11?\r")
+    screen.expect("23")
+    screen.expect("\n[^\n]*> ")
+    screen.send("exit\r")
+    screen.expect(pexpect.EOF)
 
 
 def test_ctrl_c_at_the_prompt_keeps_the_session(screen):

@@ -227,7 +227,7 @@ class Footprint:
 
     def longest(self, limit: int, kv_bits: int | None = None) -> int:
         """The longest context whose peak is at most `limit` bytes; 0: not even the shortest."""
-        low, high = 0, (_number(self._model, "max_position_embeddings") or 1 << 20) // CACHE_STEP
+        low, high = 0, (trained_length(self._model) or 1 << 20) // CACHE_STEP
         while low < high:
             middle = (low + high + 1) // 2
             if self.peak(middle * CACHE_STEP, kv_bits=kv_bits) <= limit:
@@ -331,6 +331,11 @@ def _number(model: Looped, *names: str) -> int:
     return 0
 
 
+def trained_length(model: Looped) -> int:
+    """Tokens of the longest context that a model was trained on; 0: it does not say."""
+    return _number(model, "max_position_embeddings")
+
+
 def usable(ram: int) -> int:
     """Bytes that macOS lets the GPU use of so many bytes of memory.
 
@@ -357,7 +362,7 @@ def refuse_what_does_not_fit(model: Looped, name: str) -> None:
         UserError: with what would help.
     """
     footprint, most = Footprint(model), limit()
-    context = min(LEAST_CONTEXT, _number(model, "max_position_embeddings") or LEAST_CONTEXT)
+    context = min(LEAST_CONTEXT, trained_length(model) or LEAST_CONTEXT)
     needed = footprint.peak(context, QUANTISED_PREFILL_STEP)
     if needed <= most:
         return

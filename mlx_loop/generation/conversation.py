@@ -138,6 +138,11 @@ class Conversation:
                 # Something broke in the middle of a pass: layers may disagree.
                 self._forget()
 
+    @property
+    def length(self) -> int:
+        """Tokens of the conversation, as far as the model has seen it."""
+        return len(self._tokens)
+
     def cache_summary(self) -> str:
         """What the cache holds, for people."""
         if self._cache is None:

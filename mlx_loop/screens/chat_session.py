@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from rich.markup import escape
 
 from ..checkpoints.loading import saved_loop
@@ -14,10 +17,10 @@ from ..errors import UserError
 from ..files import whole_file
 from ..generation.conversation import Conversation
 from ..settings import LoopConfig
-from .fields import check_read, parse_setting
-from .options import parse_draft
-from .session import Row, Session, command, grid, needed
-from .terminal import describe, extra_cost, numbers, out, stream
+from .fields import SETTINGS, check_model, check_read, parse_setting
+from .options import fraction, from_zero, parse_draft, positive, temperature
+from .session import Command, Row, Session, command, grid, needed, parsed
+from .terminal import context, describe, extra_cost, numbers, out, stream
 
 
 @dataclass
@@ -33,14 +36,23 @@ class Chat(Session):
     title: str
     generation: dict[str, Any]
     _before_off: LoopConfig | None = None
+    # Texts that go before the next message, and the file of the last /save or /load.
+    _texts: list[str] = field(default_factory=list)
+    _file: Path | None = None
 
     name = "chat"
+    hints = (("[bold]/FIELD[/bold] VALUE", "the same as /set: /" + ", /".join(SETTINGS)),)
+
+    def commands(self) -> Mapping[str, Command]:
+        fields = {name: Command(partial(Chat.change, name=name)) for name in SETTINGS}
+        return {**fields, **super().commands()}
 
     def about(self) -> list[Row]:
         return [("model", f"[bold]{escape(self.title)}[/bold]"), *self._loop_rows()]
 
     def answer(self, text: str) -> bool:
         """Stream the answer to `text`, then one line of numbers."""
+        text, self._texts = "\n\n".join([*self._texts, text]), []
         answer = stream(
             lambda progress: self.conversation.reply(text, progress, **self.generation),
             self.generation["prefill_step_size"],
@@ -50,7 +62,8 @@ class Chat(Session):
         if answer.stopped:
             out.print("stopped", style="yellow")
         if answer.last is not None:
-            out.print(numbers(answer, self.conversation.model), style="dim")
+            model, used = self.conversation.model, self.conversation.length
+            out.print(f"{numbers(answer, model)} · {context(model, used)}", style="dim")
         return not answer.stopped
 
     # --- Commands ---
@@ -82,6 +95,46 @@ class Chat(Session):
         self.generation["draft"] = parse_draft(argument)
         out.print(f"draft {argument}", style="dim")
 
+    @command("", "answer the last question again")
+    def retry(self, _: str) -> None:
+        self.answer(self._take_back())
+
+    @command("", "forget the last question and its answer")
+    def undo(self, _: str) -> None:
+        question = self._take_back()
+        out.print(f"forgotten: {question}", style="dim", markup=False)
+
+    @command("", "change the last question and ask it again")
+    def edit(self, _: str) -> None:
+        self.next_line = self._take_back()
+
+    @command("PATH", "put a text file before the next message")
+    def file(self, argument: str) -> None:
+        path = Path(needed(argument, "/file notes.txt")).expanduser()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}") from error
+        self._texts.append(text)
+        words = f"{len(text.split())} words of {path} go before your next message"
+        out.print(words, style="dim", markup=False)
+
+    @command("T", "sampling temperature; 0: greedy")
+    def temp(self, argument: str) -> None:
+        self._sample(temp=parsed(temperature, argument, "/temp 0.7"))
+
+    @command("P", "sample from the likeliest tokens that make up this probability")
+    def top_p(self, argument: str) -> None:
+        self._sample(top_p=parsed(fraction, argument, "/top-p 0.9"))
+
+    @command("N", "the most tokens of an answer")
+    def max_tokens(self, argument: str) -> None:
+        self.generation["max_tokens"] = parsed(positive, argument, "/max-tokens 100")
+
+    @command("N", "of the random numbers")
+    def seed(self, argument: str) -> None:
+        mx.random.seed(parsed(from_zero, argument, "/seed 1"))
+
     @command("", "model, settings, what the cache holds")
     def info(self, _: str) -> None:
         model, talk = self.conversation.model, self.conversation
@@ -104,9 +157,12 @@ class Chat(Session):
         self.conversation.reset()
         out.print("a new conversation", style="dim")
 
-    @command("FILE", "write the conversation as JSON")
+    clear = Command(reset.run)
+
+    @command("FILE", "write the conversation as JSON; empty: to its own file again")
     def save(self, argument: str) -> None:
-        path = Path(needed(argument, "/save talk.json")).expanduser()
+        own = str(self._file or "")
+        path = Path(needed(argument or own, "/save talk.json")).expanduser()
         loop = self.conversation.loop
         messages = self.conversation.messages
         data = {
@@ -115,8 +171,9 @@ class Chat(Session):
             "system": self.conversation.system,
             "messages": messages,
         }
-        with whole_file(path) as file:
+        with whole_file(path, overwrite=not argument) as file:
             file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        self._file = path
         out.print(f"{len(messages)} messages saved to {path}", style="dim", markup=False)
 
     @command("FILE", "go on with a saved conversation")
@@ -131,8 +188,29 @@ class Chat(Session):
         self.conversation.loop = None if loop is None else LoopConfig.from_dict(loop)
         self.conversation.reset()
         self.conversation.system, self.conversation.messages = system, messages
+        self._file = path
         out.print(f"{len(messages)} messages loaded from {path}", style="dim", markup=False)
+        if data.get("model") != self.title:
+            other = f"it was with {data.get('model')}; {self.title} goes on with it"
+            out.print(other, style="yellow", markup=False)
         self._show_loop()
+
+    def change(self, text: str, name: str) -> None:
+        """`/FIELD VALUE`: another value of a field."""
+        self._change(name, needed(text, f"/{name} VALUE"))
+        self._show_loop()
+
+    def _take_back(self) -> str:
+        """The last question, which with its answer is no longer part of the conversation."""
+        messages = self.conversation.messages
+        asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if not asked:
+            raise UserError("there is no question yet: type one first")
+        self.conversation.messages = messages[: asked[-1]]
+        return messages[asked[-1]]["content"]
+
+    def _sample(self, **changes: Any) -> None:
+        self.generation["sampler"] = replace(self.generation["sampler"], **changes)
 
     def _looped(self) -> LoopConfig:
         saved = saved_loop(self.conversation.model)
@@ -140,6 +218,7 @@ class Chat(Session):
 
     def _change(self, name: str, text: str) -> None:
         fields = {name: parse_setting(name, text)}
+        check_model([name], self.conversation.model)
         if name == "loops":
             # Weights that came with another number of loops were not asked for.
             fields["weights"] = None

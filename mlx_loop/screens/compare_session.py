@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
@@ -27,9 +26,9 @@ from ..method.loop import layer_passes
 from ..models.looped import Looped
 from ..settings import LoopConfig
 from .board import Board, notes
-from .fields import SETTINGS, check_read, combinations, parse_config, parse_settings
+from .fields import SETTINGS, check_model, check_read, combinations, parse_config, parse_settings
 from .options import from_zero, parse_draft, positive, temperature
-from .session import Command, Row, Session, command, grid, needed
+from .session import Command, Row, Session, command, grid, needed, parsed
 from .terminal import extra_cost, interruptible, out, prompt_progress
 
 MOST_SETTINGS = 12
@@ -108,6 +107,7 @@ class Compare(Session):
         for fields in self.extra:
             loops.append(replace(self.start, **fields))
             check_read(fields, loops[-1:])
+        check_model([*self.axes, *(name for fields in self.extra for name in fields)], self.model)
         views = distinct(self.model, loops)
         if len(views) > MOST_SETTINGS:
             raise UserError(f"that makes {len(views)} settings; {MOST_SETTINGS} are the most")
@@ -202,16 +202,16 @@ class Compare(Session):
 
     @command("N", "the most tokens of an answer")
     def max_tokens(self, argument: str) -> None:
-        self._ask(max_tokens=_number(positive, argument, "/max-tokens 100"))
+        self._ask(max_tokens=parsed(positive, argument, "/max-tokens 100"))
 
     @command("T", "sampling temperature; 0: greedy")
     def temp(self, argument: str) -> None:
-        heat = _number(temperature, argument, "/temp 0.7")
+        heat = parsed(temperature, argument, "/temp 0.7")
         self._ask(sampler=replace(self.asked.sampler, temp=heat))
 
     @command("N", "of the random numbers, the same for all settings")
     def seed(self, argument: str) -> None:
-        self._ask(seed=_number(from_zero, argument, "/seed 1"))
+        self._ask(seed=parsed(from_zero, argument, "/seed 1"))
 
     @command("self | lookup | off", "same answers, sooner: what drafts")
     def draft(self, argument: str) -> None:
@@ -279,13 +279,6 @@ class Compare(Session):
             else (escape(str(view.loop)), f"[dim]{extra_cost(view)}[/dim]")
             for view in self.views()
         ]
-
-
-def _number(parse: Callable[[str], Any], text: str, example: str) -> Any:
-    try:
-        return parse(needed(text, example))
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"{example.split()[0]}: {error}") from error
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..integrators import INTEGRATORS
 from ..presets import resolve
 from ..settings import CHOICES, INTEGRATOR_FIELDS, Guard, LoopConfig
+
+if TYPE_CHECKING:
+    from ..models.looped import Looped
 
 DEFAULT_INTEGRATOR = resolve(LoopConfig(), model_type="", num_layers=12).integrator
 
@@ -106,6 +109,16 @@ def check_read(names: Iterable[str], loops: Sequence[LoopConfig]) -> None:
                 f"{name} does nothing with integrator {' or '.join(sorted(integrators))}: give it "
                 f"with integrator {' or '.join(readers)}, or leave it out"
             )
+
+
+def check_model(names: Iterable[str], model: Looped) -> None:
+    """Refuse fields that mean nothing to a model.
+
+    Raises:
+        UserError: there is such a field among `names`.
+    """
+    if "routing" in names and not model.anatomy.mixes_experts:
+        raise UserError("routing does nothing: this model has no experts. Leave it out")
 
 
 def _window(text: str) -> tuple:

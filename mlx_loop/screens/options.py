@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..presets import RECIPES
 from ..settings import LoopConfig
-from .fields import SETTINGS, check_read, combinations, parse_setting, parse_settings
+from .fields import SETTINGS, check_model, check_read, combinations, parse_setting, parse_settings
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -127,12 +127,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add(group, "--adapter-path", "LoRA adapters, as mlx-lm makes them", str, "DIR")
     add_trust(group)
     add(group, "--force", "try even a model that does not fit into memory")
-
-
-def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """--dtype."""
     widths = ("float32", "float16", "bfloat16")
-    add(parser, "--dtype", "of the weights, else as stored", str, choices=widths)
+    add(group, "--dtype", "of the weights, else as stored", str, choices=widths)
 
 
 def add_model_name(group: argparse._ActionsContainer) -> None:
@@ -166,7 +162,7 @@ def _load(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
 
     return load(
         args.model,
-        dtype=getattr(args, "dtype", None),
+        dtype=args.dtype,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
         force=args.force,
@@ -213,6 +209,7 @@ def apply_loop(args: argparse.Namespace, model: Looped) -> None:
     if given or args.recipe is not None:
         loop = replace(_start(args, model), **given)
         check_read(given, [loop])
+        check_model(given, model)
         model.loop = loop
 
 
@@ -340,6 +337,25 @@ def sampler_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Sampl
     values = {name: getattr(args, name) for name in _SAMPLING}
     given = {name: value for name, value in values.items() if value is not None}
     return Sampler(**given, xtc_special_tokens=special)
+
+
+def sampling_given(args: argparse.Namespace) -> bool:
+    """Whether an option says how to sample."""
+    return any(getattr(args, name) is not None for name in _SAMPLING)
+
+
+def suggested_sampling(model: Looped) -> dict[str, float]:
+    """What a checkpoint's generation_config.json says of sampling, as options of it."""
+    file = model.checkpoint.path / "generation_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not config["do_sample"]:
+            return {}
+        names = {"temp": "temperature", "top_p": "top_p", "min_p": "min_p", "top_k": "top_k"}
+        found = {name: config.get(theirs) for name, theirs in names.items()}
+        return {n: _SAMPLING[n][0](str(value)) for n, value in found.items() if value is not None}
+    except (OSError, ValueError, LookupError, TypeError, argparse.ArgumentTypeError):
+        return {}
 
 
 def generation_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -16,17 +16,18 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 HISTORY = Path.home() / ".cache" / "mlx_loop"
 
 
-def typed_lines(name: str, commands: Iterable[str]) -> Iterator[str]:
+def typed_lines(name: str, commands: Iterable[str], start: Callable[[], str]) -> Iterator[str]:
     """What a person types, message by message, until Ctrl-D.
 
     Args:
         name: of the program, whose history is kept.
         commands: words that Tab completes after a slash.
+        start: what stands on the next line already.
     """
     session: PromptSession[str] = PromptSession(
         history=_history(HISTORY / f"{name}_history"),
         auto_suggest=AutoSuggestFromHistory(),
-        completer=WordCompleter([f"/{word}" for word in (*commands, "quit")], sentence=True),
+        completer=WordCompleter([f"/{word}" for word in (*commands, "bye")], sentence=True),
         complete_while_typing=False,
         key_bindings=_keys(),
         multiline=True,
@@ -34,7 +35,8 @@ def typed_lines(name: str, commands: Iterable[str]) -> Iterator[str]:
     )
     while True:
         try:
-            text = session.prompt(HTML("<ansigreen><b>&gt; </b></ansigreen>")).strip()
+            sign = HTML("<ansigreen><b>&gt; </b></ansigreen>")
+            text = session.prompt(sign, default=start()).strip()
         except KeyboardInterrupt:
             continue
         except EOFError:

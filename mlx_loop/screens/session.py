@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from .prompt_line import piped_lines, typed_lines
 from .terminal import err, is_interactive, out
 
 Row = tuple[str, ...]
+LEAVE = ("quit", "exit", "bye", "q")
 
 
 class Command(NamedTuple):
@@ -41,6 +43,8 @@ class Session:
     """What chat and compare share; a subclass says what an answer is and has more commands."""
 
     name = ""
+    # What stands at the prompt already when the next line is typed.
+    next_line = ""
     hints: tuple[Row, ...] = ()
 
     def about(self) -> list[Row]:
@@ -59,8 +63,11 @@ class Session:
             title = f"mlx_loop {self.name}"
             rows = grid([*self.about(), ("", keys)])
             out.print(Panel(rows, title=title, title_align="left", expand=False))
-        for line in typed_lines(self.name, self.commands()) if interactive else piped_lines():
+        typed = interactive and typed_lines(self.name, self.commands(), self._take_line)
+        for line in typed or piped_lines():
             try:
+                if interactive and line in LEAVE:
+                    break
                 if line.startswith("/"):
                     if not self.carry_out(line):
                         break
@@ -80,12 +87,17 @@ class Session:
     def carry_out(self, line: str) -> bool:
         """Do what a line that starts with a slash says; False: leave."""
         word, _, argument = line[1:].strip().partition(" ")
-        if word in ("quit", "exit", "q"):
+        if word in LEAVE:
             return False
+        word = "help" if word == "?" else word
         if word not in self.commands():
             raise UserError(f"unknown command /{word}; /help lists the commands")
         self.commands()[word].run(self, argument.strip())
         return True
+
+    def _take_line(self) -> str:
+        line, self.next_line = self.next_line, ""
+        return line
 
     def commands(self) -> Mapping[str, Command]:
         """By the word that is typed."""
@@ -99,7 +111,7 @@ class Session:
             for word, command in self.commands().items()
             if command.help
         ]
-        leave = ("[bold]/quit[/bold]", "leave, as Ctrl-D does")
+        leave = ("[bold]/bye[/bold]", "leave, as Ctrl-D does")
         keys = ("[dim]Alt-Enter[/dim]", "[dim]a new line; so does \\ at the end of one[/dim]")
         out.print(grid([*rows, leave, *self.hints, keys]))
 
@@ -113,3 +125,15 @@ def needed(argument: str, example: str) -> str:
     if not argument:
         raise UserError(f"something is missing: {example}")
     return argument
+
+
+def parsed(parse: Callable[[str], Any], argument: str, example: str) -> Any:
+    """The argument of a command as one of `options` reads it.
+
+    Raises:
+        UserError: it is missing, or not of the form.
+    """
+    try:
+        return parse(needed(argument, example))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{example.split()[0]}: {error}") from error

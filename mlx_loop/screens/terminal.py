@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ..checkpoints.memory import trained_length
 from ..generation.conversation import Interrupted
 from ..method.loop import layer_passes
 from ..models.looped import Looped
@@ -181,6 +182,13 @@ def extra_cost(model: Looped) -> str:
     if loop is not None and loop.gate is not None:
         where += ", where unsure"
     return f"+{extra:.0%} layer passes{where}"
+
+
+def context(model: Looped, tokens: int) -> str:
+    """How much of the context that a model was trained on is used."""
+    trained = trained_length(model)
+    longer = ", longer than it was trained on" if 0 < trained < tokens else ""
+    return f"context {tokens}{f' of {trained}' if trained else ''}{longer}"
 
 
 def numbers(answer: Streamed, model: Looped) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .. import options
-from ..options import generation_from, load_from
+from ..options import generation_from, load_from, sampling_given, suggested_sampling
 
 SUMMARY = "talk to a looped model"
 EXAMPLES = """examples:
@@ -32,7 +32,12 @@ def run(args: argparse.Namespace) -> int:
 
     with err.status(f"loading {args.model}"):
         model, tokenizer = load_from(args)
+        suggested = {} if sampling_given(args) else suggested_sampling(model)
+        vars(args).update(suggested)
         generation = generation_from(args, tokenizer)
+    if suggested:
+        said = ", ".join(f"{name} {value:g}" for name, value in suggested.items())
+        err.print(f"sampling as the checkpoint says: {said} (--temp 0: greedy)", style="dim")
     conversation = Conversation(
         model,
         tokenizer,

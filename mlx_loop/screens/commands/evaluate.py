@@ -57,7 +57,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(group, "--trace", what, from_zero, "N")
     add(group, "--reference", "show the paper's numbers beside yours")
     options.add_model_options(parser)
-    options.add_dtype(parser)
     options.add_loop_options(parser, several=True)
     group = parser.add_argument_group("generation")
     add(group, "--batch-size", "prompts that are answered at a time", positive, "N", 8)

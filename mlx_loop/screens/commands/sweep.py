@@ -57,7 +57,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_max_tokens(parser, None, " (default: 64)")
     add(parser, "--batch-size", "questions at a time (default: 32; of choices 8)", positive, "N")
     options.add_model_options(parser)
-    options.add_dtype(parser)
     options.add_loop_options(parser, several=True)
     options.add_template_options(parser)
 
