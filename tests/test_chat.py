@@ -43,6 +43,7 @@ def screen(tmp_path):
         encoding="utf-8",
         timeout=60,
     )
+    child.delayafterterminate = 5
     child.expect("Ctrl-D leaves")
     child.expect("> ")
     yield child

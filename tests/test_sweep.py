@@ -180,6 +180,22 @@ def test_it_says_so_when_nothing_is_distinguishable(model, tmp_path):
     assert conclusion(summaries, 4).startswith("No detectable difference between any setting")
 
 
+@pytest.mark.parametrize("settings", [1, 6, 20])
+def test_too_few_items_are_said_to_show_nothing(settings):
+    """At the number that is named, all items in one direction are just distinguishable."""
+    name = [None, *(LoopConfig(loops=k) for k in range(2, settings + 2))]
+
+    def said(count, better):
+        values = np.array([[0.0] * count] + [[float(better)] * count] * settings)
+        scores = Scores(name, [("", None, i) for i in range(count)], values, count, unit="nats")
+        return conclusion(outcomes(scores), count)
+
+    fewest = int(said(2, False).split()[-1].rstrip("."))
+    assert "So few" in said(fewest - 1, True)
+    assert "Better" in said(fewest, True)
+    assert "So few" not in said(fewest, False)
+
+
 def test_only_items_that_all_settings_have_are_compared(text_work, tmp_path):
     views, work = text_work
     results = Results.open(tmp_path / "r.jsonl", HEADER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -223,7 +224,10 @@ def conclusion(found: Sequence[Outcome], problems: int) -> str:
             parts.append(f"{word.capitalize()} than no looping: {'; '.join(which)}.")
             rest -= len(which)
     if not parts:
-        return f"No detectable difference between any setting and no looping ({how})."
+        # The smallest p that n problems can have is 2^(1 - n), where all differ in one direction.
+        fewest = math.floor(1 + math.log2(max(tried, 1) / LEVEL)) + 1
+        few = f" So few can show nothing: it takes {fewest}." if problems < fewest else ""
+        return f"No detectable difference between any setting and no looping ({how}).{few}"
     if rest:
         parts.append(f"No detectable difference: the other {rest}.")
     return f"{' '.join(parts)} ({how[0].upper()}{how[1:]}.)"
