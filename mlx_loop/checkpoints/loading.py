@@ -23,6 +23,7 @@ from ..upstream import EXPERTS, download
 from . import memory, sensitivity
 from . import whole as checkpoint
 from .card import base_model
+from .hub import cannot_have
 from .quantise import (
     Params,
     Quantization,
@@ -258,11 +259,7 @@ def find(path_or_hf_repo: str | Path | None, revision: str | None = None) -> Pat
     try:
         return download(name, revision=revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"no folder {name} here, and it cannot be had from the Hugging Face hub "
-            f"({_line(error)}); check the name and the network, and for a gated model run "
-            "`hf auth login`"
-        ) from error
+        raise cannot_have(name, error) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
