@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
@@ -44,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
         if not _confirmed("delete it? [y/N] "):
             out.print("kept")
             return 0
-        found.delete_revisions(*(revision.commit_hash for revision in repo.revisions)).execute()
+        # Of this repository alone: a copy of it has revisions of the same names.
+        alone = replace(found, repos=frozenset([repo]))
+        alone.delete_revisions(*(revision.commit_hash for revision in repo.revisions)).execute()
         out.print("deleted")
         return 0
     if not repos:
