@@ -174,7 +174,7 @@ def test_prompts_may_be_one_or_several_texts_or_tokens(loaded):
     assert both.prompts == [text, tokenizer.decode(tokens)]
     assert [a.tokens for a in both.answers[1]] == [a.tokens for a in one.answers[0]]
     assert [answer.loop and answer.loop.loops for answer in one.answers[0]] == [None, 2]
-    for nothing in ([], [[]]):
+    for nothing in ([], "", [[]], 5, [text, 5], [text, ["a"]]):
         with pytest.raises(UserError, match="prompt"):
             mlx_loop.compare(model, tokenizer, nothing, 2)
 

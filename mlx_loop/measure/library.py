@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
@@ -47,7 +46,7 @@ def trace(model: Looped, tokenizer: TokenizerWrapper, prompt: Prompt) -> Trace:
         UserError: looping is off, or the prompt is empty.
     """
     _check(model)
-    tokens = encode(tokenizer, prompt)
+    tokens = _tokens(tokenizer, prompt)
     return replace(inside.trace(model, tokens), texts=[tokenizer.decode([t]) for t in tokens])
 
 
@@ -72,15 +71,14 @@ def compare(
         UserError: settings that do not fit the model, or an empty prompt.
     """
     views = _views(model, settings)
-    texts, answers = [], []
-    for prompt in _several(prompts):
-        tokens = encode(tokenizer, prompt)
-        *_, last = comparison.compare(views, tokenizer, tokens, max_tokens=max_tokens, **kwargs)
-        texts.append(tokenizer.decode(tokens))
-        answers.append(last)
-    if not texts:
+    asked = [_tokens(tokenizer, prompt) for prompt in _several(prompts)]
+    if not asked:
         raise UserError("there is no prompt: give a text, token ids, or a list of these")
-    return Comparison(texts, answers)
+    answers = []
+    for tokens in asked:
+        *_, last = comparison.compare(views, tokenizer, tokens, max_tokens=max_tokens, **kwargs)
+        answers.append(last)
+    return Comparison([tokenizer.decode(tokens) for tokens in asked], answers)
 
 
 def sweep(
@@ -225,9 +223,18 @@ def _views(model: Looped, settings: Settings) -> list[Looped]:
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    if isinstance(prompts, str | mx.array) or all(isinstance(p, int) for p in prompts):
-        return [cast(Prompt, prompts)]
-    return cast(Sequence[Prompt], prompts)
+    several = isinstance(prompts, list | tuple) and not all(isinstance(p, int) for p in prompts)
+    return cast(Sequence[Prompt], prompts if several else [prompts])
+
+
+def _tokens(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
+    try:
+        tokens = encode(tokenizer, prompt)
+        if tokens and all(isinstance(token, int) for token in tokens):
+            return tokens
+    except TypeError:
+        pass
+    raise UserError(f"{prompt!r:.60} is no prompt: give a text or token ids, at least one")
 
 
 def _check(model: Looped) -> None:
