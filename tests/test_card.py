@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from huggingface_hub import HfApi, ModelCard, ModelInfo
+from huggingface_hub import HfApi, ModelCard, ModelInfo, constants
 from mlx_lm.utils import compute_bits_per_weight
 
 import mlx_loop
@@ -112,3 +112,12 @@ def test_what_cannot_be_uploaded_is_one_line(tmp_path, capsys):
 def test_a_repository_name_that_the_hub_refuses(folder, capsys):
     assert main(["upload", "--path", str(folder), "--upload-repo", "a/b/c"]) == 2
     assert "a/b/c" in capsys.readouterr().err
+
+
+def test_an_upload_without_a_network_is_one_line(folder, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # Nobody listens there.
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    assert main(["upload", "--path", str(folder), "--upload-repo", "a/b"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "check the network" in said

@@ -20,6 +20,8 @@ from mlx_lm.utils import hf_repo_to_path
 
 from ..errors import UserError
 
+# What the hub's client raises, and the package beneath it that talks to the network.
+HubError: type[Exception] = HfHubHTTPError.__bases__[0]
 # Seconds for the hub's first answer.
 TIMEOUT = 10
 
@@ -44,7 +46,7 @@ def hollow(repo: str) -> Iterator[Path]:
             metadata = api.get_safetensors_metadata(repo)
         except NotASafetensorsRepoError as error:
             raise UserError(f"{repo} has no safetensors weights: choose another one") from error
-        except Exception as error:  # The hub's client raises its transport's errors too.
+        except (HubError, HFValidationError, OSError) as error:
             raise cannot_have(repo, error) from error
         for file, content in metadata.files_metadata.items():
             _write_hollow(
