@@ -136,6 +136,7 @@ class Integrator:
         passes_per_loop: evaluations of g for each of the K loops.
         reads: the fields of `LoopConfig` that are its own, with their defaults; a function: of K.
         even: whether K must be.
+        is_steady: whether each loop does what the one before did, but for the size of its step.
         sets_norm: whether it brings every iterate to a norm of its own choice.
     """
 
@@ -146,6 +147,7 @@ class Integrator:
     passes_per_loop: int = 1
     reads: Mapping[str, Any] = field(default_factory=dict)
     even: bool = False
+    is_steady: bool = True
     sets_norm: bool = False
 
 
@@ -173,7 +175,9 @@ INTEGRATORS: dict[str, Integrator] = {
     "heun": _runge_kutta("Heun's trapezoidal step", HEUN, 2),
     "kutta3": _runge_kutta("Kutta's third-order step", KUTTA3, 3),
     "rk4": _runge_kutta("the classical Runge-Kutta step", RK4, 4),
-    "residual_scaled": Integrator("x0 + (g^K(x0) - x0) / K", _TFL, _residual_scaled),
+    "residual_scaled": Integrator(
+        "x0 + (g^K(x0) - x0) / K", _TFL, _residual_scaled, is_steady=False
+    ),
     "ema": Integrator("x <- (1 - alpha) x + alpha g(x)", _TFL, _ema, reads=_ALPHA),
     "heavy_ball": Integrator(
         "x <- x + alpha f(x) + momentum (x - x_prev)",
@@ -195,7 +199,7 @@ INTEGRATORS: dict[str, Integrator] = {
         "x <- alpha g(x) + (1 - alpha) x0", _TFL, _input_anchor, reads=_ALPHA
     ),
     "poly_blend": Integrator(
-        "sum_k weights_k g^k(x0)", _TFL, _poly_blend, reads={"weights": _means}
+        "sum_k weights_k g^k(x0)", _TFL, _poly_blend, reads={"weights": _means}, is_steady=False
     ),
     "uniform": Integrator("each layer's mean output over passes", _TFL, None),
 }

@@ -21,6 +21,9 @@ INTEGRATOR_FIELDS: Mapping[str, tuple[str, ...]] = {
     for field in ("beta", "alpha", "momentum", "memory", "damping", "weights")
 }
 
+# Of the window. More would take hours for an answer, and a typing error is likelier than a wish.
+MOST_PASSES = 1000
+
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "integrator": tuple(INTEGRATORS),
     "scope": ("block", "layer"),
@@ -78,7 +81,8 @@ class LoopConfig:
         window: layers `[start, stop)`, half open and 0-based, as two integers; or two fractions
             of the depth as floats, `(0.4, 0.5)`; or several of these, from the bottom up, each of
             which loops in its turn, `((12, 16), (20, 24))`.
-        loops: K, the number of loops; 1 is the un-looped model.
+        loops: K, the number of loops; 1 is the un-looped model. A token passes the window at most
+            `MOST_PASSES` times.
         integrator: one of `INTEGRATORS`.
         beta: weight of the natural pass in `anchored`; 0 to 1 is between the two results, and as
             far as -1 or 2 beyond them.
@@ -155,6 +159,7 @@ class LoopConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and low <= value <= high):
                 raise _wrong(name, value, allowed)
+        self._check_passes()
         self._check_window()
         self._check_decode()
         self._check_gate()
@@ -163,6 +168,12 @@ class LoopConfig:
         self._check_guard()
         if self.integrator is not None:
             self._check_integrator(self.integrator)
+
+    def _check_passes(self) -> None:
+        integrator = INTEGRATORS.get(self.integrator or "")
+        most = MOST_PASSES // (integrator.passes_per_loop if integrator else 1)
+        if self.loops is not None and self.loops > most:
+            raise _wrong("loops", self.loops, f"at most {most}: that is {MOST_PASSES} passes")
 
     def _check_integrator(self, name: str) -> None:
         integrator = INTEGRATORS[name]

@@ -42,7 +42,7 @@ def demo():
 
 def measured(task, views, tokenizer, folder):
     results = Results.open(folder / RESULTS, {"model": "demo"})
-    assert run(views, tokenizer, task, results, lambda count: True)
+    run(views, tokenizer, task, results, lambda count: None)
     return results
 
 

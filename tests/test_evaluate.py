@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import pytest
@@ -65,12 +66,13 @@ def ran(folder, views, stops=(), study=STUDY):
         def advance(count):
             nonlocal seen
             seen += count
-            return seen < stop  # noqa: B023
+            if seen >= stop:  # noqa: B023
+                raise KeyboardInterrupt
 
         problems = examples(study, Bytes(), folder)
         results = Results.open(folder / RESULTS, study.header())
-        finished = run(views, Bytes(), problems, results, advance)
-    assert finished
+        with suppress(KeyboardInterrupt) if stop < 10**9 else nullcontext():
+            run(views, Bytes(), problems, results, advance)
     return {name: (folder / name).read_text() for name in (EXAMPLES, RESULTS)}
 
 

@@ -61,7 +61,7 @@ def test_a_local_task_under_every_setting(folder):
     views = distinct(model, [LoopConfig(loops=2, cache="own")])
     results = Results.open(folder / RESULTS, {"model": "demo"})
     harness = Harness(["tiny_world"], folder, limit=2)
-    assert run(views, tokenizer, harness, results, lambda count: True)
+    run(views, tokenizer, harness, results, lambda count: None)
     scores = read(folder)
     assert scores.problems == [("tiny_world", None, 0), ("tiny_world", None, 1)]
     for i, view in enumerate(views):
@@ -75,7 +75,7 @@ def test_a_local_task_under_every_setting(folder):
             assert scores.values[i, j] == (found.index(max(found)) == question["answer"])
     before = (folder / RESULTS).read_text()
     again = Results.open(folder / RESULTS, {"model": "demo"})
-    assert run(views, tokenizer, harness, again, lambda count: True)
+    run(views, tokenizer, harness, again, lambda count: None)
     assert (folder / RESULTS).read_text() == before
 
 
@@ -83,7 +83,7 @@ def test_an_unknown_task_is_one_line(folder, model):
     tokenizer = mlx_loop.load("demo")[1]
     results = Results.open(folder / RESULTS, {"model": "demo"})
     with pytest.raises(UserError, match="no_such_task") as caught:
-        run([model], tokenizer, Harness(["no_such_task"]), results, lambda count: True)
+        run([model], tokenizer, Harness(["no_such_task"]), results, lambda count: None)
     assert "\n" not in str(caught.value)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import relative_error
 
-from mlx_loop import LoopConfig
+from mlx_loop import LoopConfig, UserError
 from mlx_loop.integrators import INTEGRATORS
 from mlx_loop.method.integrate import NONLINEAR, integrate
 from mlx_loop.method.kernels import token_norm
-from mlx_loop.method.plan import is_natural, passes, plan, tableau
+from mlx_loop.method.plan import compiled, is_natural, passes, plan, tableau
 from mlx_loop.presets import resolve
 
 CONSISTENT = ("naive", "euler", "anchored", "residual_scaled")
@@ -94,6 +95,26 @@ def test_the_driver_agrees_with_the_tableau_it_runs(name, loops, x0):
         fs.append(smooth(x0 + sum(float(a) * f for a, f in zip(row, fs, strict=True) if a)))
     expected = x0 + sum(float(b) * f for b, f in zip(step.weights, fs, strict=True))
     assert relative_error(run(smooth, x0, name, loops), expected) < 1e-5
+
+
+@pytest.mark.parametrize("loops", [7, 8, 12])
+@pytest.mark.parametrize("name", [n for n in INTEGRATORS if n not in NONLINEAR])
+def test_a_long_plan_is_that_of_its_whole_tableau(name, loops):
+    horizons = {"horizon": 2.0} if "horizon" in INTEGRATORS[name].reads else {}
+    for settings in (config(name, loops), config(name, loops, **horizons)):
+        assert plan(settings) == compiled(tableau(settings))
+
+
+def test_the_longest_loop_is_planned_at_once():
+    start = time.process_time()
+    assert plan(config("rk4", 250)).passes == plan(config("heavy_ball", 1000)).passes == 1000
+    assert time.process_time() - start < 5  # Elimination over the whole tableau takes minutes.
+
+
+@pytest.mark.parametrize(("name", "loops"), [("anchored", 1001), ("rk4", 251), (None, 10**60)])
+def test_more_passes_than_anybody_wants_are_refused(name, loops):
+    with pytest.raises(UserError, match="1000 passes"):
+        LoopConfig(integrator=name, loops=loops)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.3, 0.5, 1.0])

@@ -32,14 +32,15 @@ def text_work():
 
 
 class Only:
-    """`advance` that stops after some results."""
+    """`advance` that presses Ctrl-C after some results."""
 
     def __init__(self, count):
         self.count, self.seen = count, 0
 
     def __call__(self, added):
         self.seen += added
-        return self.seen < self.count
+        if self.seen >= self.count:
+            raise KeyboardInterrupt
 
 
 def lines(path):
@@ -52,7 +53,7 @@ def lines(path):
 def test_loss_and_kl_of_a_text_are_those_of_the_logits(text_work, tmp_path):
     views, work = text_work
     results = Results.open(tmp_path / "r.jsonl", HEADER)
-    assert run(views, None, work, results, Only(99))
+    run(views, None, work, results, Only(99))
     for item in work.items:
         text = mx.array([item["tokens"]])
         logits = [view(text)[0, :-1] for view in views]
@@ -103,17 +104,18 @@ def test_a_limit_spreads_over_the_file(tmp_path):
 def test_a_second_run_does_only_what_is_missing(text_work, tmp_path):
     views, work = text_work
     path = tmp_path / "r.jsonl"
-    assert not run(views, None, work, Results.open(path, HEADER), Only(4))
+    with pytest.raises(KeyboardInterrupt):
+        run(views, None, work, Results.open(path, HEADER), Only(4))
     # What came together with the fourth result is kept too.
     assert len(lines(path)) == 1 + 6
     rest = Only(99)
-    assert run(views, None, work, Results.open(path, HEADER), rest)
+    run(views, None, work, Results.open(path, HEADER), rest)
     assert rest.seen == 9 - 6
     whole = tmp_path / "whole.jsonl"
     run(views, None, work, Results.open(whole, HEADER), Only(99))
     assert Results.open(path, HEADER).rows == Results.open(whole, HEADER).rows
     nothing = Only(99)
-    assert run(views, None, work, Results.open(path, HEADER), nothing)
+    run(views, None, work, Results.open(path, HEADER), nothing)
     assert nothing.seen == 0
 
 
@@ -182,7 +184,8 @@ def test_only_items_that_all_settings_have_are_compared(text_work, tmp_path):
     views, work = text_work
     results = Results.open(tmp_path / "r.jsonl", HEADER)
     assert complete(views, work, results) == []
-    run(views, None, work, results, Only(1))
+    with pytest.raises(KeyboardInterrupt):
+        run(views, None, work, results, Only(1))
     assert complete(views, work, results) == work.items[:1]
     loss = results.of(None, work.items[0])["loss"]
     results.add(None, {"item": 1, "loss": 99.0, "kl": 0.0})

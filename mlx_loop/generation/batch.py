@@ -40,7 +40,7 @@ def answer_batch(
         views: of one model, as `comparison.distinct` makes them.
         prompts: token ids, at least one each. Shorter ones are padded, as mlx-lm does it.
         ends: tokens that end an answer.
-        step: prompt tokens processed at a time.
+        step: prompt tokens processed at a time, those of all rows together.
     """
     uneven = len(set(map(len, prompts))) > 1
     if len(prompts) > 1 and not all(merges(view.new_cache(), uneven) for view in views):
@@ -64,7 +64,7 @@ def answer_batch(
                 mx.eval([entry.state for entry in cache])
                 seconds[i] += time.perf_counter() - start
 
-        prefill(feed, tokens, step)
+        prefill(feed, tokens, step_of_rows(step, len(prompts)))
         for i, view in enumerate(views):
             start = time.perf_counter()
             if any(padding):
@@ -74,6 +74,11 @@ def answer_batch(
             caches[i] = []
             mx.clear_cache()
             yield i, answers, seconds[i] + time.perf_counter() - start
+
+
+def step_of_rows(step: int, rows: int) -> int:
+    """Tokens of each of so many rows that make up a step, hardly ever fewer than 4."""
+    return max(step // rows, min(step, 4))
 
 
 def padded(rows: Sequence[Sequence[int]]) -> mx.array:

@@ -205,13 +205,9 @@ def _measure(progress: bool) -> Callable[..., bool]:
         done = sum(results.has(view.loop, item) for view in views for item in task.items)
         total = len(views) * len(task.items)
         bar = tqdm(total=total, initial=done, desc=title, leave=False, disable=not progress)
-
-        def advance(count: int) -> bool:
-            bar.update(count)
-            return True
-
         with bar:
-            return run(views, tokenizer, task, results, advance, seconds)
+            run(views, tokenizer, task, results, bar.update, seconds)
+        return True
 
     return measure
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..generation.batch import batched, merges, padded
+from ..generation.batch import batched, merges, padded, step_of_rows
 from ..generation.prefill import PREFILL_STEP, prefill
 from ..models.looped import Looped
 from ..models.together import logits, states
@@ -42,7 +42,7 @@ def log_likelihoods(
         views: of one model. A continuation is what a view generates, as far as that matters to it.
         prompts: token ids, at least one each.
         endings: the continuations of each prompt: token ids, at least one each.
-        step: prompt tokens that are fed at a time.
+        step: prompt tokens that are fed at a time, those of all prompts together.
     """
     shared = [i for i, view in enumerate(views) if _can_share(view)]
     found = dict(
@@ -137,10 +137,11 @@ def _feed_prompts(
             state[..., mx.arange(len(prompts)), place, :] for state in states(views, piece, caches)
         ]
         found = [mx.where(ends, x, y) for x, y in zip(of_piece, found or of_piece, strict=True)]
-        mx.eval(found, [entry.state for cache in caches for entry in cache])
+        for state, cache in zip(found, caches, strict=True):
+            mx.eval(state, [entry.state for entry in cache])
         start += piece.shape[1]
 
-    prefill(feed, padded(prompts), step)
+    prefill(feed, padded(prompts), step_of_rows(step, len(prompts)))
     return found
 
 

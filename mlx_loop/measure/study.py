@@ -27,18 +27,15 @@ def run(
     tokenizer: TokenizerWrapper,
     task: Task,
     results: Results,
-    advance: Callable[[int], bool],
+    advance: Callable[[int], None],
     seconds: Path | None = None,
-) -> bool:
+) -> None:
     """Measure what `results` lacks, every setting in turn for each batch.
 
     Args:
         views: the un-looped one first.
-        advance: called with how many items were done; False: stop here.
+        advance: called with how many items were done.
         seconds: a file that is told how long each batch took, which differs from run to run.
-
-    Returns:
-        Whether it came to the end.
     """
     for items in task.batches():
         todo = [v for v in views if not all(results.has(v.loop, item) for item in items)]
@@ -54,9 +51,7 @@ def run(
                 if seconds is not None and spent is not None:
                     line = {"answers": len(items), "seconds": round(spent, 4)}
                     append(seconds, {"loop": loop and loop.to_dict(), **line})
-            if not advance(done):
-                return False
-    return True
+            advance(done)
 
 
 def complete(views: Sequence[Looped], task: Task, results: Results) -> list[Row]:

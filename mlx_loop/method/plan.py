@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
 from ..integrators import INTEGRATORS, Row, Tableau
 from ..settings import ResolvedLoop
+
+ZERO = Fraction(0)
+# Loops from which on a steady integrator repeats itself, with none that looks back to the first.
+ENOUGH = 6
 
 
 def passes(loop: ResolvedLoop) -> int:
@@ -28,13 +33,14 @@ def is_linear(loop: ResolvedLoop) -> bool:
     return INTEGRATORS[loop.integrator].tableau is not None
 
 
-def tableau(loop: ResolvedLoop) -> Tableau:
-    """The whole step of a linear integrator."""
+def tableau(loop: ResolvedLoop, loops: int | None = None) -> Tableau:
+    """The whole step of a linear integrator, or its first `loops` loops alone."""
     integrator = INTEGRATORS[loop.integrator]
     assert integrator.tableau is not None
-    return integrator.tableau(
-        loop.loops, **{name: getattr(loop, name) for name in integrator.reads}
-    )
+    own = {name: getattr(loop, name) for name in integrator.reads}
+    if loops is not None and "horizon" in own:
+        own["horizon"] = Fraction(own["horizon"]) * loops / loop.loops
+    return integrator.tableau(loops or loop.loops, **own)
 
 
 @dataclass(frozen=True)
@@ -78,15 +84,41 @@ class Plan:
 @lru_cache(maxsize=256)
 def plan(loop: ResolvedLoop) -> Plan:
     """The plan of a linear integrator's step."""
-    step = tableau(loop)
+    is_steady = INTEGRATORS[loop.integrator].is_steady and not isinstance(loop.alpha, tuple)
+    if loop.loops <= ENOUGH or not is_steady:
+        return compiled(tableau(loop))
+    return _longer(compiled(tableau(loop, ENOUGH)), loop.loops - ENOUGH)
+
+
+def _longer(plan: Plan, loops: int) -> Plan:
+    """The plan with more loops at its end that do what its last one does."""
+    period = plan.stages_per_loop
+    last = plan.stages[-period:]
+    more = tuple(
+        stage and _later(stage, number * period) for number in range(1, loops + 1) for stage in last
+    )
+    return replace(plan, stages=plan.stages + more, out=_later(plan.out, loops * period))
+
+
+def _later(combination: Combination, stages: int) -> Combination:
+    """The same of states that many stages later, but for the first one and its natural pass."""
+    first = input_of(0), output_of(0)
+    return replace(
+        combination,
+        states=tuple(s if s in first else s + input_of(stages) for s in combination.states),
+    )
+
+
+def compiled(step: Tableau) -> Plan:
+    """The plan of a tableau that is written out."""
     count = len(step.b)
-    at_hand: dict[int, Row] = {}
+    at_hand = _AtHand()
     stages: list[Combination | None] = []
     for i, row in enumerate(step.a):
-        padded = row + (Fraction(0),) * (count - len(row))
+        padded = row + (ZERO,) * (count - len(row))
         stages.append(_combination(_express(padded, at_hand, step) if i else {input_of(0): 1}))
-        at_hand[input_of(i)] = padded
-        at_hand[output_of(i)] = tuple(x + (j == i) for j, x in enumerate(padded))
+        at_hand.add(input_of(i), padded)
+        at_hand.add(output_of(i), (*padded[:i], padded[i] + 1, *padded[i + 1 :]))
     looped = _express(step.b, at_hand, step)
     blend = {state: (1 - step.anchor) * c for state, c in looped.items()}
     blend[output_of(0)] = blend.get(output_of(0), 0) + step.anchor
@@ -105,7 +137,18 @@ def _combination(terms: Mapping[int, Fraction | int]) -> Combination:
     return Combination(tuple(float(terms[state]) for state in states), states)
 
 
-def _express(target: Row, at_hand: Mapping[int, Row], step: Tableau) -> dict[int, Fraction]:
+class _AtHand:
+    """Rows of states by their last f, so that an elimination looks at the few that can help."""
+
+    def __init__(self) -> None:
+        self.ending: dict[int, list[tuple[int, Row]]] = defaultdict(list)
+
+    def add(self, state: int, row: Row) -> None:
+        last = max((column for column, x in enumerate(row) if x), default=-1)
+        self.ending[last].append((state, row))
+
+
+def _express(target: Row, at_hand: _AtHand, step: Tableau) -> dict[int, Fraction]:
     """`target` in few of the states at hand: greedy elimination of f's, the last one first."""
     terms: dict[int, Fraction] = {}
     rest, x0_weight = target, Fraction(1)
@@ -113,14 +156,16 @@ def _express(target: Row, at_hand: Mapping[int, Row], step: Tableau) -> dict[int
         if not rest[column]:
             continue
         choices = []
-        for state, row in at_hand.items():
-            if row[column] and not any(row[column + 1 :]):
-                c = rest[column] / row[column]
-                left = tuple(x - c * y for x, y in zip(rest, row, strict=True))
-                missing = sum(map(bool, (*left, x0_weight - c)))
-                # An iterate comes before its equals, because it may be rescaled once formed.
-                is_iterate = state % 2 == 0 and state // 2 % step.stages_per_loop == 0
-                choices.append((missing, not is_iterate, abs(c), state, c, left))
+        for state, row in at_hand.ending[column]:
+            c = rest[column] / row[column]
+            # Most are the same object in both rows.
+            left = tuple(
+                ZERO if x is y and c == 1 else x - c * y for x, y in zip(rest, row, strict=True)
+            )
+            missing = sum(map(bool, (*left, x0_weight - c)))
+            # An iterate comes before its equals, because it may be rescaled once formed.
+            is_iterate = state % 2 == 0 and state // 2 % step.stages_per_loop == 0
+            choices.append((missing, not is_iterate, abs(c), state, c, left))
         *_, state, c, rest = min(choices)
         terms[state] = c
         x0_weight -= c

@@ -20,7 +20,7 @@ from ..measure.tasks import Task
 from ..models.looped import Looped
 from .fields import combinations
 from .options import axes_from, load_with_start
-from .terminal import err, interruptible, plain_table, progress_bar
+from .terminal import err, plain_table, progress_bar
 
 # Measures a task under views, as far as the results lack it; says whether it came to the end.
 Measure = Callable[..., bool]
@@ -45,8 +45,11 @@ def load_views(
 
 @contextmanager
 def measuring() -> Iterator[tuple[Progress, Measure]]:
-    """A bar on the screen, and `study.run` that moves it and stops at Ctrl-C."""
-    with interruptible() as stop, progress_bar() as bars:
+    """A bar on the screen, and `study.run` that moves it and stops at Ctrl-C.
+
+    What was answered is kept line by line, so Ctrl-C may drop the batch at hand.
+    """
+    with progress_bar() as bars:
 
         def measure(
             title: str,
@@ -59,11 +62,11 @@ def measuring() -> Iterator[tuple[Progress, Measure]]:
             done = sum(results.has(view.loop, item) for view in views for item in task.items)
             bar = bars.add_task(title, total=len(views) * len(task.items), completed=done)
 
-            def advance(count: int) -> bool:
-                bars.advance(bar, count)
-                return not stop.is_set()
-
-            return run(views, tokenizer, task, results, advance, seconds)
+            try:
+                run(views, tokenizer, task, results, lambda n: bars.advance(bar, n), seconds)
+            except KeyboardInterrupt:
+                return False
+            return True
 
         yield bars, measure
 

@@ -290,17 +290,18 @@ def render_prompt(args: argparse.Namespace, tokenizer: TokenizerWrapper, prompt:
 def add_prefill_option(group: argparse._ActionsContainer) -> None:
     """--prefill-step-size."""
     what = (
-        "prompt tokens processed at a time (default: 2048, or 512 with --kv-bits, whose attention "
-        "needs more memory for each)"
+        "prompt tokens processed at a time; Ctrl-C is heard in between (default: 512, on a CPU 64; "
+        "mlx-lm has 2048)"
     )
     add(group, "--prefill-step-size", what, positive, "N")
 
 
 def prefill_step_from(args: argparse.Namespace) -> int:
     """Prompt tokens to process at a time."""
-    from ..generation.prefill import prefill_step
+    import mlx.core as mx
 
-    return args.prefill_step_size or prefill_step(getattr(args, "kv_bits", None))
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return args.prefill_step_size or (64 if on_cpu else 512)
 
 
 # --- Generation ---

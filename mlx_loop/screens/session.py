@@ -66,6 +66,11 @@ class Session:
                         break
                 elif not self.answer(line) and not interactive:
                     return INTERRUPTED
+            except KeyboardInterrupt:
+                # The second one, in the middle of a pass.
+                if not interactive:
+                    raise
+                out.print("stopped", style="yellow")
             except UserError as error:
                 err.print(f"{error}", style="red", markup=False)
                 if not interactive:
