@@ -14,6 +14,7 @@ import pytest
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
+from mlx_loop.measure.shown import Shown
 from mlx_loop.measure.tasks.questions import QUESTIONS, Questions, read_questions
 
 PAGE = Path(__file__).parents[1] / "docs" / "library.md"
@@ -143,7 +144,7 @@ def test_a_package_that_is_missing_is_said_with_the_line_that_installs_it(
 
 def test_a_data_frame_has_the_records():
     pandas = pytest.importorskip("pandas")
-    shown = mlx_loop.measure.shown.Shown()
+    shown = Shown()
     shown.records = lambda: [{"a": 1}, {"a": 2}]
     assert isinstance(shown.to_pandas(), pandas.DataFrame)
     assert list(shown.to_pandas()["a"]) == [1, 2]
