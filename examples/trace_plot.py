@@ -2,7 +2,7 @@
 
     python examples/trace_plot.py [FILE.png]
 
-Needs matplotlib (pip install 'mlx-loop[eval]').
+Needs matplotlib (pip install matplotlib).
 """
 
 import statistics
@@ -14,8 +14,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 import mlx_loop
-from mlx_loop import LoopConfig
-from mlx_loop.measure.trace import trace
 
 model, tokenizer = mlx_loop.load("demo")
 messages = [{"role": "user", "content": "what is 12 + 30?"}]
@@ -23,7 +21,8 @@ prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 
 figure, axis = pyplot.subplots(layout="constrained")
 for integrator in ("anchored", "naive"):
-    traced = trace(model.with_loop(LoopConfig(loops=8, integrator=integrator)), prompt)
+    view = model.with_loop({"loops": 8, "integrator": integrator})
+    traced = mlx_loop.trace(view, tokenizer, prompt)
     (loop,) = traced.loops  # In layer scope there would be one for each layer of the window.
     norms = [statistics.median(one.before.norm) for one in loop.passes]
     axis.plot(range(1, len(norms) + 1), norms, marker="o", label=f"{integrator}: {loop.verdict}")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .checkpoints.saving import save
     from .generation.generate import generate, make_prompt_cache, stream_generate
     from .generation.prompt_cache import load_prompt_cache, save_prompt_cache
+    from .measure.library import compare, evaluate, sweep, trace
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,8 @@ __all__ = [
     "Guard",
     "LoopConfig",
     "UserError",
+    "compare",
+    "evaluate",
     "generate",
     "load",
     "load_model",
@@ -28,10 +31,14 @@ __all__ = [
     "save",
     "save_prompt_cache",
     "stream_generate",
+    "sweep",
+    "trace",
 ]
 
 # mlx-lm takes seconds to import: only what needs it waits for it.
 _HOMES = {
+    "compare": "measure.library",
+    "evaluate": "measure.library",
     "generate": "generation.generate",
     "load": "checkpoints.loading",
     "load_model": "checkpoints.loading",
@@ -40,6 +47,8 @@ _HOMES = {
     "save": "checkpoints.saving",
     "save_prompt_cache": "generation.prompt_cache",
     "stream_generate": "generation.generate",
+    "sweep": "measure.library",
+    "trace": "measure.library",
 }
 
 
@@ -49,3 +58,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

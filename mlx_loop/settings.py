@@ -306,6 +306,28 @@ class LoopConfig:
         return ", ".join(words)
 
 
+# What is understood wherever a loop setting is taken.
+LoopLike = LoopConfig | Mapping[str, Any] | int | None
+
+
+def as_loop(value: LoopLike) -> LoopConfig | None:
+    """Loop settings as people write them: whole ones, a number of loops, or a dict of fields.
+
+    Raises:
+        UserError: anything else, or values that are not valid.
+    """
+    if value is None or isinstance(value, LoopConfig):
+        return value
+    if isinstance(value, Mapping):
+        return LoopConfig.from_dict(value)
+    if _is_int(value):
+        return LoopConfig(loops=value)
+    raise UserError(
+        f"{value!r} is no loop setting: give a LoopConfig, a number of loops, a dict of "
+        "LoopConfig's fields, or None for no looping"
+    )
+
+
 # What goes without saying; of an integrator's own fields, nothing.
 _PLAIN = dict.fromkeys([*INTEGRATOR_FIELDS, "gate", "guard"]) | {
     "horizon": 1,

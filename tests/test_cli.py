@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlx_loop.checkpoints.loading import DEMOS
-from mlx_loop.screens.cli import COMMANDS, main
+from mlx_loop.screens.cli import COMMANDS, build_parser, main
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "models"
 PROMPT = ["--prompt", "What is 12 + 30?"]
@@ -193,3 +193,45 @@ def test_a_pipe_that_closes_early_is_no_error():
     )
     assert "Error" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("chat --lops 3", "mlx_loop chat: error: unknown --lops, did you mean --loops? (see mlx_l"),
+        ("chat --lops=3", "unknown --lops, did you mean --loops? (see mlx_loop chat --help)"),
+        ("sweep --tsk demo", "unknown --tsk, did you mean --task? (see mlx_loop sweep --help)"),
+        ("plan demo --zzz", "mlx_loop plan: error: unknown --zzz (see mlx_loop plan --help)"),
+        ("chta", "mlx_loop: error: unknown command chta, did you mean chat? (see mlx_loop --help)"),
+        ("xyzzy --loops 3", "mlx_loop: error: unknown command xyzzy (see mlx_loop --help)"),
+        ("--versoin", "mlx_loop: error: unknown --versoin, did you mean --version?"),
+        ("plan demo more", "unexpected more (see mlx_loop plan --help)"),
+    ],
+)
+def test_what_is_misspelt_is_told_with_what_was_meant_and_its_help_page(typed, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(typed.split())
+    assert caught.value.code == 2
+    line = capsys.readouterr().err
+    assert said in line
+    assert line.count("\n") == 1
+
+
+def test_an_option_may_be_shortened_and_its_value_look_like_one(capsys):
+    assert main(["generate", "-p", "hi", "--max-tok", "2", "--system-prompt=--lops"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_shell_completes_commands_and_options():
+    """docs/commands.md says how."""
+    shtab = pytest.importorskip("shtab", reason="pip install shtab")
+    script = shtab.complete(build_parser(), shell="bash")
+    asked = """
+    COMP_WORDS=(mlx_loop ch) COMP_CWORD=1; _shtab_mlx_loop mlx_loop ch; echo "${COMPREPLY[@]}"
+    COMP_WORDS=(mlx_loop chat --lo) COMP_CWORD=2; _shtab_mlx_loop mlx_loop --lo
+    echo "${COMPREPLY[@]}"
+    """
+    done = subprocess.run(
+        ["bash", "-c", script + asked], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.splitlines() == ["chat", "--loops --loop-prompt"]

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from conftest import tokens
+from huggingface_hub import constants
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
@@ -20,6 +22,7 @@ import mlx_loop
 from mlx_loop import LoopConfig, UserError
 from mlx_loop.checkpoints.loading import DEMOS
 from mlx_loop.models import supported
+from mlx_loop.screens.cli import main
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "models"
 
@@ -195,3 +198,18 @@ def test_adapters(folder, tmp_path):
     assert "no-adapters" in line_of(
         lambda: mlx_loop.load_model(folder, adapter_path=str(tmp_path / "no-adapters"))
     )
+
+
+@pytest.mark.parametrize("command", [["plan"], ["generate", "-p", "hi", "--model"]])
+@pytest.mark.parametrize("offline", [False, True])
+def test_without_a_network_the_answer_comes_at_once(
+    command, offline, monkeypatch, capsys, tmp_path
+):
+    """Nothing is tried again and again, and the line says what is the matter."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # Nobody listens there.
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits to try again"))
+    assert main([*command, "nobody/no-such-model"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert ("HF_HUB_OFFLINE" if offline else "check the network") in said

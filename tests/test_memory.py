@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import make
+from huggingface_hub import constants
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache
 
@@ -22,6 +24,7 @@ from mlx_loop.checkpoints.loading import DEMOS, open_checkpoint
 from mlx_loop.checkpoints.memory import GIB, Footprint, usable, weights_bytes
 from mlx_loop.checkpoints.quantise import Quantization, choose, parameters
 from mlx_loop.method.cache import leaves
+from mlx_loop.screens import plan_tables
 from mlx_loop.screens.cli import main
 
 LOOPS = [None, LoopConfig(loops=3), LoopConfig(loops=3, cache="own")]
@@ -142,9 +145,38 @@ def test_macs_keep_some_memory_for_themselves():
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_plan_prints_its_tables(name, capsys):
-    assert main(["plan", name, "--ram", "8"]) == 0
+    assert main(["plan", name, "--ram", "8", "--verbose"]) == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("8 bits", "own", "512 GB", "M5 Pro", "wired_limit_mb"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        (1 << 40, "Fits on 8 GB: as stored"),
+        (59_750_000, "Fits on 8 GB: 4 bits"),
+        (1_000_000, "Does not fit on 8 GB"),
+    ],
+)
+def test_plan_answers_first(limit, words, monkeypatch, capsys):
+    monkeypatch.setattr(plan_tables, "usable", lambda ram: limit if ram == 8 * GIB else 1 << 40)
+    assert main(["plan", "demo", "--ram", "8"]) == 0
+    name, answer, macs, *rest = capsys.readouterr().out.splitlines()
+    assert name.startswith("demo: ")
+    assert answer.startswith(words)
+    assert f"as stored from {16 if limit < 1 << 40 else 8} GB" in macs
+    assert len(rest) == 1
+
+
+def test_a_model_in_the_cache_is_planned_without_the_hub(tmp_path, monkeypatch, capsys):
+    repo = tmp_path / "models--someone--cached"
+    shutil.copytree(DEMOS["demo"], repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # Nobody listens there.
+    assert main(["plan", "someone/cached"]) == 0
+    assert "Fits" in capsys.readouterr().out
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -168,6 +200,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         file = self.folder / self.path.split("?")[0].rpartition("/")[2]
+        if "/api/models/" in self.path and (self.folder / "config.json").exists():
+            self.answer(b'{"id": "someone/model"}')
+            return
         if "/resolve/" not in self.path or not file.is_file():
             self.answer(b"", 404)
             return
@@ -205,11 +240,11 @@ def hub(tmp_path):
 
 def test_a_model_on_the_hub_is_planned_from_its_headers(hub):
     hub.folder = DEMOS["demo-mla"]
-    remote = hub.run("plan", "someone/model", "--ram", "24")
+    remote = hub.run("plan", "someone/model", "--ram", "24", "--verbose")
     assert remote.returncode == 0, remote.stderr
-    local = hub.run("plan", "demo-mla", "--ram", "24")
+    local = hub.run("plan", "demo-mla", "--ram", "24", "--verbose")
     # All but the line with the name.
-    assert remote.stdout.partition("weights")[2] == local.stdout.partition("weights")[2] != ""
+    assert remote.stdout.partition("Fits")[2] == local.stdout.partition("Fits")[2] != ""
     assert hub.sent < 0.1 * (hub.folder / "model.safetensors").stat().st_size
 
 

@@ -26,7 +26,9 @@ RUNS = {
     "evaluate": ["--tasks niah_single_1 --lengths 208 --limit 1 --loops 2 --out {out}-study"],
     "cache_prompt": ["-p hello --prompt-cache-file {new}"],
     "quantize": ["--bits-per-weight 6 --calibration {text} --mlx-path {out}-model"],
+    "bench": ["-p 4 -g 2 -n 1"],
     "plan": [""],
+    "models": [""],
     "upload": ["--path {folder} --upload-repo a/b"],
 }
 
@@ -68,6 +70,7 @@ def test_a_command_reads_every_option_that_it_has(command, places, monkeypatch, 
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     monkeypatch.setattr("mlx_loop.checkpoints.whole.check_whole", lambda *_: None)
     monkeypatch.setattr("mlx_loop.checkpoints.card.upload", lambda *_: "page")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(places["folder"]))
     read, declared = set(), set()
     for words in RUNS[command]:
         args = vars(build_parser().parse_args([command, *words.format(**places).split()]))

@@ -12,7 +12,7 @@ from mlx_loop.measure.plots import save
 
 def test_pictures_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match="eval"):
+    with pytest.raises(UserError, match="pip install matplotlib"):
         save(tmp_path / "a.png", lambda pyplot: None)
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"\.png"):

@@ -13,6 +13,7 @@ from mlx_lm.utils import compute_bits_per_weight
 from .. import __version__
 from ..errors import UserError
 from ..models.looped import Looped
+from .hub import TIMEOUT
 
 FILE = "README.md"
 
@@ -25,40 +26,45 @@ def write_card(folder: Path, model: Looped, name: str, recipe: str = "") -> None
         name: of the folder, or the repository.
         recipe: how it was quantised, in words; empty: as its weights were.
     """
-    origin = base_model(model)
+    published = _published(model)
+    origin = base_model(model) or _first(published.base_model)
     data = ModelCardData(
         library_name="mlx",
         pipeline_tag="text-generation",
         tags=["mlx", "looped-transformer"],
         base_model=origin,
-        license=_license(model),
+        license=published.license,
+        license_name=published.license_name,
+        license_link=published.license_link,
     )
-    what = f"A {model.model_type} model"
-    if origin:
-        what = f"[{origin}](https://huggingface.co/{origin})"
+    page = f"[{origin}](https://huggingface.co/{origin})"
+    licence = published.license_name or published.license
+    if published.license_link:
+        licence = f"[{licence}]({published.license_link})"
     loop = "off" if model.loop is None else str(model.loop)
     horizon = " --horizon 1" if model.loop is not None and model.loop.horizon != 1 else ""
     settings = "null" if model.loop is None else model.loop.to_json()
     text = f"""\
         # {name}
 
-        {what} in MLX format, with loop settings for
-        [mlx_loop](https://pypi.org/project/mlx-loop/): its middle layers are applied several times
-        at inference, as damped sub-steps of the one step that they were trained to be. The weights
-        are those of the plain model; hosts that do not know loops run it as that. Whether looping
-        helps depends on the model and the task: measure it.
+        {page if origin else f"A {model.model_type} model"} in MLX format, with loop settings for
+        mlx_loop: its middle layers are applied several times at inference, as damped sub-steps of
+        the one step that they were trained to be. The weights are those of the plain model; hosts
+        that do not know loops run it as that. Whether looping helps depends on the model and the
+        task: measure it.
 
         | | |
         |---|---|
+        | base model | {page if origin else "not named by the folder it was made from"} |
+        | licence | {licence or "not known here: that of the base model"} |
         | quantisation | {recipe or "as the checkpoint it was made from"} |
         | bits per weight | {compute_bits_per_weight(model):.3f}, scales included |
         | loop | {loop} |
         | made with | mlx_loop {__version__}, mlx-lm {version("mlx-lm")}, mlx {version("mlx")} |
 
-        Looped, with the settings in config.json (`{settings}`):
+        Looped, with the settings in config.json (`{settings}`), where mlx_loop is installed:
 
         ```bash
-        pip install mlx-loop
         mlx_loop chat --model {name}
         ```
 
@@ -101,11 +107,18 @@ def base_model(model: Looped) -> str | None:
     return None
 
 
-def _license(model: Looped) -> str | None:
-    card = model.checkpoint.path / FILE if model.checkpoint else None
-    if card is None or not card.exists():
-        return None
+def _published(model: Looped) -> ModelCardData:
+    """What the card of the model's folder says, else the page of the repository it came from."""
+    card, origin = model.checkpoint and model.checkpoint.path / FILE, base_model(model)
     try:
-        return ModelCard.load(card).data.license
-    except ValueError:  # A card without a header.
-        return None
+        if card and card.exists():
+            return ModelCard.load(card).data
+        if origin:
+            return HfApi().model_info(origin, timeout=TIMEOUT).card_data or ModelCardData()
+    except Exception:  # A card without a header; or no network, which raises many kinds.
+        pass
+    return ModelCardData()
+
+
+def _first(names: str | list[str] | None) -> str | None:
+    return names[0] if isinstance(names, list) else names

@@ -9,10 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+)
+from mlx_lm.utils import hf_repo_to_path
 
 from ..errors import UserError
+
+# What the hub's client raises, and the package beneath it that talks to the network.
+HubError: type[Exception] = HfHubHTTPError.__bases__[0]
+# Seconds for the hub's first answer.
+TIMEOUT = 10
 
 
 @contextmanager
@@ -27,16 +38,16 @@ def hollow(repo: str) -> Iterator[Path]:
     """
     with TemporaryDirectory(prefix="mlx_loop.") as name:
         folder = Path(name)
+        api = HfApi()
         try:
+            # Asked once. A download would try again for half a minute where there is no network.
+            api.model_info(repo, timeout=TIMEOUT)
             shutil.copy(hf_hub_download(repo, "config.json"), folder)
-            metadata = HfApi().get_safetensors_metadata(repo)
+            metadata = api.get_safetensors_metadata(repo)
         except NotASafetensorsRepoError as error:
             raise UserError(f"{repo} has no safetensors weights: choose another one") from error
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise UserError(
-                f"no folder {repo} here, and it cannot be had from the Hugging Face hub; check the "
-                "name and the network, and for a gated model run `hf auth login`"
-            ) from error
+        except (HubError, HFValidationError, OSError) as error:
+            raise cannot_have(repo, error) from error
         for file, content in metadata.files_metadata.items():
             _write_hollow(
                 folder / Path(file).name,
@@ -50,6 +61,28 @@ def hollow(repo: str) -> Iterator[Path]:
                 },
             )
         yield folder
+
+
+def cached(repo: str) -> Path | None:
+    """The folder of a repository that is on this computer as a whole; None: it is not."""
+    try:
+        return hf_repo_to_path(repo)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def cannot_have(repo: str, error: Exception) -> UserError:
+    """What to say where a repository cannot be had from the hub."""
+    missing = f"there is no folder {repo} here, and it is not in the Hugging Face cache"
+    if is_offline_mode():
+        return UserError(f"{missing}: unset HF_HUB_OFFLINE to ask the Hugging Face hub for it")
+    if isinstance(error, HfHubHTTPError | HFValidationError):
+        reason = str(error).partition("\n")[0]
+        return UserError(
+            f"{missing}; the Hugging Face hub does not give it ({reason}): check the name, and for "
+            "a gated model run `hf auth login`"
+        )
+    return UserError(f"{missing}; the Hugging Face hub cannot be reached: check the network")
 
 
 def _write_hollow(file: Path, tensors: dict[str, dict]) -> None:

@@ -18,11 +18,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import UserError
 from ..models import get_classes
 from ..models.looped import Checkpoint, Looped
-from ..settings import LoopConfig
+from ..settings import LoopConfig, LoopLike, as_loop
 from ..upstream import EXPERTS, download
 from . import memory, sensitivity
 from . import whole as checkpoint
 from .card import base_model
+from .hub import cannot_have
 from .quantise import (
     Params,
     Quantization,
@@ -40,7 +41,7 @@ DEMOS = {"demo": _DEMO / "dense", "demo-moe": _DEMO / "moe", "demo-mla": _DEMO /
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
-LoopArgument = LoopConfig | Literal["saved"] | None
+LoopArgument = LoopLike | Literal["saved"]
 
 
 def load(
@@ -62,8 +63,9 @@ def load(
     Args:
         path_or_hf_repo: a folder, a Hugging Face repository, or the name of a checkpoint that
             ships with the package (`DEMOS`); None is `demo`.
-        loop: `saved`: the settings stored with the model, else the preset of its family and
-            size. None: looping off.
+        loop: settings, a number of loops, or a dict of `LoopConfig`'s fields. `saved`: the
+            settings stored with the model, else the preset of its family and size. None:
+            looping off.
         dtype: `float32`, `float16` or `bfloat16` for all parameters that are not quantised;
             None: as stored, but float32 for a model with experts on the CPU.
         quantize: quantise while loading: a number of bits, a mode (`mxfp4`, `nvfp4`, `mxfp8`) or
@@ -161,6 +163,8 @@ def open_checkpoint(path: Path, loop: LoopArgument = "saved") -> Looped:
     Raises:
         UserError: whatever is wrong with the checkpoint or the settings, in one line.
     """
+    if loop != "saved":
+        loop = as_loop(loop)
     config = read_config(path)
     get_classes(config)
     checkpoint.check_whole(path, config)
@@ -168,7 +172,7 @@ def open_checkpoint(path: Path, loop: LoopArgument = "saved") -> Looped:
         loaded, config = mlx_lm_utils.load_model(path, lazy=True, get_model_classes=get_classes)
     model = cast(Looped, loaded)
     model.checkpoint = Checkpoint(path, config)
-    model.loop = saved_loop(model) if loop == "saved" else loop
+    model.loop = saved_loop(model) if isinstance(loop, str) else loop
     return model
 
 
@@ -255,11 +259,7 @@ def find(path_or_hf_repo: str | Path | None, revision: str | None = None) -> Pat
     try:
         return download(name, revision=revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"no folder {name} here, and it cannot be had from the Hugging Face hub "
-            f"({_line(error)}); check the name and the network, and for a gated model run "
-            "`hf auth login`"
-        ) from error
+        raise cannot_have(name, error) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -185,6 +185,34 @@ def _responses(
                 return
 
 
-def generate(model: Looped, tokenizer: TokenizerWrapper, prompt: Prompt, **kwargs: Any) -> str:
-    """The whole answer as text. Arguments as in `stream_generate`."""
-    return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **kwargs))
+def generate(
+    model: Looped,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """The whole answer as text. Other arguments as in `stream_generate`.
+
+    Args:
+        verbose: print the answer as it comes, and speeds and memory after it, as mlx-lm does.
+    """
+    texts = []
+    if verbose:
+        print("=" * 10)
+    for response in stream_generate(model, tokenizer, prompt, **kwargs):
+        texts.append(response.text)
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose:
+        print("", "=" * 10, sep="\n")
+    if verbose and not any(texts):
+        print("No text generated for this prompt")
+    elif verbose:
+        for name, count, speed in (
+            ("Prompt", response.prompt_tokens, response.prompt_tps),
+            ("Generation", response.generation_tokens, response.generation_tps),
+        ):
+            print(f"{name}: {count} tokens, {speed:.3f} tokens-per-sec")
+        print(f"Peak memory: {response.peak_memory:.3f} GB")
+    return "".join(texts)

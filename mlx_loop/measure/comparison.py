@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -24,9 +24,10 @@ from ..generation.prefill import PREFILL_STEP, prefill
 from ..generation.prompt import check_prompt
 from ..generation.speculative import NUM_DRAFT_TOKENS, Drafter, check_drafts, is_its_own_draft
 from ..method.cache import Bookmark
+from ..method.loop import layer_passes
 from ..models.looped import Looped
 from ..models.together import states
-from ..settings import LoopConfig, ResolvedLoop
+from ..settings import LoopLike, ResolvedLoop
 
 # Tokens of which the logits of two settings are compared at a time: it bounds the memory.
 CHUNK = 64
@@ -114,13 +115,36 @@ class Answer:
         if len(self.tokens) > self._same and base.finish_reason is not None:
             self.departs = self._same
 
+    def to_dict(self, base: Answer) -> dict[str, Any]:
+        """All that is known of it, ready for JSON; `base` is the un-looped answer."""
+        loop, layers = self.loop, len(self.view.layers)
+        return {
+            "loop": None if loop is None else loop.to_dict(),
+            "text": self.text,
+            "finish_reason": self.finish_reason or "interrupted",
+            "generation_tokens": len(self.tokens),
+            "draft_tokens": self.drafted,
+            "generation_tps": self.tokens_per_second,
+            "layers": layers,
+            "layer_passes": layer_passes(loop, layers),
+            "extra_time": self.extra_time(base),
+            "departs_at_token": self.departs,
+            **(asdict(self.measures) if self.measures else {}),
+            "guard": {"fired": self.firings[0], "loops": self.firings[1]}
+            if loop is not None and loop.guard is not None
+            else None,
+            "gate": {"looped": self.share[0], "tokens": self.share[1]}
+            if loop is not None and loop.gate is not None
+            else None,
+        }
+
     def took(self, seconds: float) -> None:
         """Count the time of the last token."""
         self._seconds += seconds
         self._timed += 1
 
 
-def distinct(model: Looped, settings: Sequence[LoopConfig | None]) -> list[Looped]:
+def distinct(model: Looped, settings: Sequence[LoopLike]) -> list[Looped]:
     """Views of `model`: the un-looped one first, then each setting that is not one before it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A document of blocks: as Markdown, and as one HTML file that opens anywhere."""
+"""A document of blocks: as text, as Markdown, and as one HTML file that opens anywhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 
@@ -17,8 +18,11 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
+    """Args: left: columns of words, besides the first one."""
+
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    left: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,26 @@ class Picture:
 
 
 Block = Paragraph | Table | Picture
+
+
+def text(blocks: Sequence[Block]) -> str:
+    """Blocks for a terminal, less their pictures."""
+    out = []
+    for block in blocks:
+        if isinstance(block, Paragraph):
+            out.append(block.text)
+        elif isinstance(block, Table):
+            out += _aligned(block)
+    return "\n".join(out)
+
+
+def _aligned(table: Table) -> list[str]:
+    columns = []
+    for number, column in enumerate(zip(table.header, *table.rows, strict=True)):
+        width = max(map(len, column))
+        left = number == 0 or column[0] in table.left
+        columns.append([cell.ljust(width) if left else cell.rjust(width) for cell in column])
+    return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
 
 
 def markdown(blocks: Sequence[Block]) -> str:
@@ -57,13 +81,21 @@ img { max-width: 100% }
 
 def page(title: str, blocks: Sequence[Block]) -> str:
     """Blocks as one HTML file; pictures are inside it."""
-    body = []
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}'
+        f"</title>\n<style>{STYLE}</style>\n{body(blocks)}\n</html>\n"
+    )
+
+
+def body(blocks: Sequence[Block]) -> str:
+    """Blocks as HTML for a page; pictures are inside it."""
+    parts = []
     for block in blocks:
         if isinstance(block, Paragraph):
             tag = f"h{block.heading}" if block.heading else "p"
-            body.append(f"<{tag}>{html.escape(block.text)}</{tag}>")
+            parts.append(f"<{tag}>{html.escape(block.text)}</{tag}>")
         elif isinstance(block, Picture):
-            body.append(
+            parts.append(
                 f'<picture><source srcset="{_inline(block.dark)}" '
                 f'media="(prefers-color-scheme: dark)"><img src="{_inline(block.path)}" '
                 f'alt="{html.escape(block.title)}"></picture>'
@@ -71,14 +103,16 @@ def page(title: str, blocks: Sequence[Block]) -> str:
         else:
             head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
             lines = [
-                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+                "<tr>" + "".join(map(_cell, block.header, row, repeat(block.left))) + "</tr>"
                 for row in block.rows
             ]
-            body.append(f"<table><tr>{head}</tr>\n" + "\n".join(lines) + "</table>")
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}'
-        f"</title>\n<style>{STYLE}</style>\n" + "\n".join(body) + "\n</html>\n"
-    )
+            parts.append(f"<table><tr>{head}</tr>\n" + "\n".join(lines) + "</table>")
+    return "\n".join(parts)
+
+
+def _cell(name: str, text: str, left: Sequence[str]) -> str:
+    style = ' style="text-align: left"' if name in left else ""
+    return f"<td{style}>{html.escape(text)}</td>"
 
 
 def _inline(path: Path) -> str:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..files import whole_file
 from ..settings import interval, pairs
 from .names import names
 from .outcome import Outcome, Scores, outcomes
+
+if TYPE_CHECKING:
+    from .comparison import Measures
+    from .trace import Loop, State, Trace
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, less the pale and the black.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
@@ -24,30 +30,54 @@ def save(path: Path, draw: Callable[[Any], Any], overwrite: bool = True) -> tupl
     """Draw for light pages into `path` and for dark ones into a file named `...-dark`.
 
     Args:
-        draw: given matplotlib's pyplot, makes the figure.
+        draw: given what is like matplotlib's pyplot, makes the figure.
 
     Raises:
         UserError: matplotlib is missing, or the files cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError(
-            "pictures need matplotlib: install mlx-loop with its eval extra, pip install "
-            "'mlx-loop[eval]'"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    canvas = _canvas()
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"{path} is not a picture's name: end it in .png, .svg or .pdf")
     dark = path.with_stem(f"{path.stem}-dark")
     for file, theme in ((path, _LIGHT), (dark, _DARK)):
-        with pyplot.rc_context(_settings(theme)), whole_file(file, overwrite) as scratch:
-            figure = draw(pyplot)
-            figure.savefig(scratch, dpi=150)
-            pyplot.close(figure)
+        with canvas.rc_context(_settings(theme)), whole_file(file, overwrite) as scratch:
+            draw(canvas).savefig(scratch, dpi=150)
     return path, dark
+
+
+def figure(draw: Callable[[Any], Any]) -> Any:
+    """A matplotlib figure for light pages: a notebook shows it, `savefig` writes it.
+
+    Args:
+        draw: as in `save`.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    _canvas()
+    from matplotlib import pyplot  # With it a notebook knows how to show figures.
+
+    with pyplot.rc_context(_settings(_LIGHT)):
+        drawn = draw(pyplot)
+        pyplot.close(drawn)  # Else a notebook shows it twice.
+    return drawn
+
+
+def _canvas() -> Any:
+    """What `draw` needs of pyplot, with no screen behind it and the caller's as it was."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("pictures need matplotlib: pip install matplotlib") from error
+
+    def subplots(*shape: int, figsize: Any, layout: str, **more: Any) -> tuple[Any, Any]:
+        sheet = Figure(figsize=figsize, layout=layout)  # type: ignore[arg-type]
+        return sheet, sheet.subplots(*shape, **more)
+
+    return SimpleNamespace(
+        subplots=subplots, rcParams=matplotlib.rcParams, rc_context=matplotlib.rc_context
+    )
 
 
 def _settings(theme: dict[str, str]) -> Any:
@@ -182,6 +212,77 @@ def draw_windows(found: Sequence[Outcome], title: str, pyplot: Any) -> Any:
     figure.colorbar(image, ax=axes[0, :].tolist(), label=f"change, {unit}")
     figure.suptitle(f"{title} against no looping (* distinguishable)")
     return figure
+
+
+def draw_comparison(
+    settings: Sequence[str], measures: Sequence[Sequence[Measures]], pyplot: Any
+) -> Any:
+    """How far each setting is from the un-looped answer; a dot for each prompt."""
+    panels = {
+        "KL to the un-looped model, mean, nats": lambda m: m.mean_kl,
+        "the same token first, %": lambda m: 100 * m.agreement,
+    }
+    figure, axes = pyplot.subplots(
+        1, 2, figsize=(8, 1.2 + 0.3 * len(settings)), layout="constrained", sharey=True
+    )
+    for axis, (title, value) in zip(axes, panels.items(), strict=True):
+        for row, of_setting in enumerate(measures):
+            axis.scatter([value(one) for one in of_setting], [row] * len(of_setting), alpha=0.6)
+        axis.set_title(title)
+    axes[0].set_yticks(range(len(settings)), settings)
+    axes[0].invert_yaxis()
+    return figure
+
+
+def draw_trace(traced: Trace, pyplot: Any) -> Any:
+    """Residual, contraction, norm and lens KL over the passes: the median token, and of a
+    single loop the middle 80 %.
+    """
+    figure, axes = pyplot.subplots(2, 2, figsize=(8, 5.6), layout="constrained")
+    panels = {
+        "residual |g(x) - x| / |g(x0)|": lambda loop: [p.residual for p in loop.passes],
+        "contraction |g(x) - g(x')| / |x - x'|": lambda loop: [p.contraction for p in loop.passes],
+        "norm of the state / natural pass": lambda loop: [s.norm for s in _states(loop)],
+        "KL of the logit lens to the natural pass": lambda loop: [s.lens_kl for s in _states(loop)],
+    }
+    for axis, (title, values) in zip(axes.flat, panels.items(), strict=True):
+        for loop in traced.loops:
+            alone = len(traced.loops) == 1
+            _band(axis, values(loop), "median token" if alone else loop.where, alone)
+        passes = len(traced.loops[0].passes)
+        axis.set_title(title)
+        axis.set_xticks(range(1, passes + 2), [*map(str, range(1, passes + 1)), "result"])
+        axis.set_xlim(0.8, passes + 1.2)
+    for axis in (axes[0, 1], axes[1, 0]):
+        axis.axhline(1, linewidth=0.8, linestyle="--", color=pyplot.rcParams["text.color"])
+    for axis in axes[1]:
+        axis.set_xlabel("before pass")
+    labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=6, frameon=False)
+    figure.suptitle(f"{traced.loop}: {traced.verdict}, {len(traced.tokens)} tokens")
+    return figure
+
+
+def _states(loop: Loop) -> list[State]:
+    return [*(one.before for one in loop.passes), loop.result]
+
+
+def _band(axis: Any, values: Sequence[Sequence[float]], label: str, band: bool) -> None:
+    numbers, bands = [], []
+    for number, tokens in enumerate(values, start=1):
+        known = [value for value in tokens if math.isfinite(value)]
+        if known:
+            low, *_, high = statistics.quantiles(known, n=10) if len(known) > 1 else known * 2
+            numbers.append(number)
+            bands.append((low, statistics.median(known), high))
+    if numbers:
+        lows, medians, highs = zip(*bands, strict=True)
+        (line,) = axis.plot(numbers, medians, marker="o", markersize=4, label=label)
+        if band:
+            colour, label = line.get_color(), "middle 80 % of tokens"
+            axis.fill_between(
+                numbers, lows, highs, alpha=0.2, color=colour, linewidth=0, label=label
+            )
 
 
 def _loops(outcome: Outcome) -> int:

@@ -16,9 +16,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Results:
-    """A file of results: a line that says what was measured, then a line for each result."""
+    """A file of results: a line that says what was measured, then a line for each result.
 
-    path: Path
+    Args:
+        path: None: they are kept nowhere else.
+    """
+
+    path: Path | None
     rows: dict[tuple[str, Any], Row]
 
     @classmethod
@@ -53,7 +57,8 @@ class Results:
         """Append one result."""
         line = {"loop": loop and loop.to_dict(), **row}
         self.rows[key(loop), row["item"]] = line
-        append(self.path, line)
+        if self.path is not None:
+            append(self.path, line)
 
     def has(self, loop: LoopConfig | None, item: Row) -> bool:
         return (key(loop), item["item"]) in self.rows

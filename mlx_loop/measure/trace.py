@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -20,6 +21,9 @@ from ..models.looped import Looped
 from ..models.together import logits
 from ..settings import Guard, LoopConfig
 from .comparison import CHUNK, kl
+from .document import Block, Paragraph, Table
+from .plots import draw_trace
+from .shown import Shown, jsonable
 
 # Of the verdict. A residual within 5 % of where it began has neither shrunk nor grown.
 SHRUNK, GROWN = 0.95, 1.05
@@ -43,6 +47,10 @@ class State:
     norm: list[float]
     cosine: list[float]
     lens_kl: list[float]
+
+    def medians(self) -> list[float]:
+        """Of each, over the tokens."""
+        return [middle(values) for values in (self.norm, self.cosine, self.lens_kl)]
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,24 @@ class Loop:
         return "drifting"
 
     @property
+    def where(self) -> str:
+        """Its layers, in words."""
+        first, last = self.layers[0], self.layers[-1]
+        return f"layer {first}" if first == last else f"layers {first}-{last}"
+
+    def table(self) -> Table:
+        """The medians over tokens, pass by pass."""
+        header = ["pass", "residual", "contraction", "norm", "cosine", "lens KL"]
+        experts = self.passes[0].experts_changed is not None
+        rows = []
+        for n, one in enumerate(self.passes, 1):
+            found = middle(one.residual), middle(one.contraction), *one.before.medians()
+            changed = [f"{one.experts_changed:.0%}"] if one.experts_changed is not None else []
+            rows.append([str(n), *map(short, found), *changed])
+        rows.append(["result", "", "", *map(short, self.result.medians()), *[""] * experts])
+        return Table(header + ["experts changed"] * experts, rows)
+
+    @property
     def contraction(self) -> float:
         """Of the last pass, the median."""
         return middle(self.passes[-1].contraction)
@@ -122,24 +148,71 @@ class Loop:
         )
 
 
-@dataclass(frozen=True)
-class Trace:
+@dataclass(frozen=True, repr=False)
+class Trace(Shown):
     """A prompt under one setting.
 
     Args:
         loop: complete settings.
         tokens: of the prompt.
         loops: in order of the layers.
+        texts: of the tokens, where a tokenizer was at hand.
     """
 
     loop: LoopConfig
     tokens: list[int]
     loops: list[Loop]
+    texts: Sequence[str] = ()
 
     @property
     def verdict(self) -> str:
         """The worst of its loops'."""
         return worst(loop.verdict for loop in self.loops)
+
+    def blocks(self) -> list[Block]:
+        out: list[Block] = [Paragraph(f"loop {self.loop}, {len(self.tokens)} tokens")]
+        for loop in self.loops:
+            out += [Paragraph(f"{loop.where}, medians over tokens"), loop.table()]
+            out.append(Paragraph(f"{loop.verdict}: {loop.reason}"))
+        if len(self.loops) > 1:
+            out.append(Paragraph(f"in all {self.verdict}"))
+        return out
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each loop, pass and token; the last one of a loop is its result."""
+        unknown = [math.nan] * len(self.tokens)
+        rows = []
+        for loop in self.loops:
+            found = [(n, p.before, p.residual, p.contraction) for n, p in enumerate(loop.passes, 1)]
+            for n, state, residual, contraction in [*found, (None, loop.result, unknown, unknown)]:
+                rows += [
+                    {
+                        "layers": loop.where,
+                        "pass": "result" if n is None else n,
+                        "token": token,
+                        "text": self.texts[i] if self.texts else None,
+                        "residual": residual[i],
+                        "contraction": contraction[i],
+                        **{name: values[i] for name, values in vars(state).items()},
+                    }
+                    for i, token in enumerate(self.tokens)
+                ]
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        loops = [
+            {"layers": loop.layers, "verdict": loop.verdict, "reason": loop.reason, **asdict(loop)}
+            for loop in self.loops
+        ]
+        return {
+            "loop": self.loop.to_dict(),
+            "tokens": list(self.texts or self.tokens),
+            "verdict": self.verdict,
+            "loops": jsonable(loops),
+        }
+
+    def draw(self, pyplot: Any) -> Any:
+        return draw_trace(self, pyplot)
 
 
 def worst(verdicts: Iterable[str]) -> str:
@@ -228,6 +301,11 @@ def _norm(x: mx.array, minus: mx.array | None = None) -> mx.array:
 
 def _floats(x: mx.array) -> list[float]:
     return x[0].tolist()  # type: ignore[return-value]
+
+
+def short(value: float) -> str:
+    """Three digits; nothing for what is not a number."""
+    return "" if math.isnan(value) else f"{value:.3g}"
 
 
 def mean(values: Sequence[float]) -> float:

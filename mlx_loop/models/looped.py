@@ -27,7 +27,7 @@ from ..method.phase import How, announce, prompt_end, spans
 from ..method.plan import is_natural
 from ..method.walk import Walk
 from ..presets import resolve
-from ..settings import LoopConfig, ResolvedLoop
+from ..settings import LoopConfig, LoopLike, ResolvedLoop, as_loop
 from . import histories
 from .gate import Share, gated
 
@@ -94,7 +94,10 @@ class Looped(nn.Module):
 
     @property
     def loop(self) -> ResolvedLoop | None:
-        """The loop settings, complete; None: looping is off. Partial ones may be assigned."""
+        """The loop settings, complete; None: looping is off.
+
+        Partial ones may be assigned, or a number of loops, or a dict of fields (`as_loop`).
+        """
         return self._loop
 
     @loop.setter
@@ -109,10 +112,14 @@ class Looped(nn.Module):
         self._share = Share()
         self._firings = None if resolved is None or resolved.guard is None else Count()
 
-    def with_loop(self, loop: LoopConfig | None) -> Looped:
+    def __setattr__(self, name: str, value: Any) -> None:
+        # MLX takes dicts and lists for parameters before a property sees them.
+        super().__setattr__(name, as_loop(value) if name == "loop" else value)
+
+    def with_loop(self, loop: LoopLike) -> Looped:
         """Another view on the same weights, with loop settings of its own. Copies no array."""
         view = copy.copy(self)
-        view.loop = loop
+        view.loop = as_loop(loop)
         return view
 
     @property

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
+from itertools import takewhile
 from typing import NoReturn
 
 from .. import __version__
@@ -21,9 +23,11 @@ COMMANDS = (
     "trace",
     "sweep",
     "evaluate",
+    "bench",
     "cache_prompt",
     "quantize",
     "plan",
+    "models",
     "upload",
 )
 
@@ -31,6 +35,28 @@ COMMANDS = (
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """A flag that is none is refused here, by the parser whose help page has the right one."""
+        typed = list(sys.argv[1:] if args is None else args)
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        # What comes after a command is for its own parser.
+        mine = takewhile(lambda text: text.startswith("-"), typed) if self._subparsers else typed
+        for text in takewhile(lambda text: text != "--", mine):
+            name = text.partition("=")[0]
+            if text.startswith("--") and not any(flag.startswith(name) for flag in flags):
+                # Before argparse looks for what is missing: that may be what was misspelt.
+                self.error(f"unknown {name}{suggestion(name, flags)}")
+        found, unknown = super().parse_known_args(typed, namespace)
+        if unknown:
+            self.error(f"unexpected {unknown[0]}")
+        return found, unknown
+
+
+def suggestion(typed: str, known: Iterable[str]) -> str:
+    """`, did you mean ...?`, where something known is near."""
+    near = get_close_matches(typed, known, 1)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,7 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 2 for a mistake of the user, 130 for Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    parser, typed = build_parser(), list(sys.argv[1:] if argv is None else argv)
+    if typed and not typed[0].startswith("-") and typed[0] not in COMMANDS:
+        parser.error(f"unknown command {typed[0]}{suggestion(typed[0], COMMANDS)}")
+    args = parser.parse_args(typed)
     try:
         check_idle(args)
         return args.run(args)

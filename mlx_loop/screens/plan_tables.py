@@ -24,18 +24,31 @@ WIDTHS = {
     "3 bits": Quantization(3),
 }
 KV_BITS = (None, 8, 4)
+# Of which the answer and the speeds are told.
+TOLD = ("as stored", "8 bits", "4 bits")
 ROOM = 4096  # tokens of context that advice asks for.
 CONTEXT = 1000  # tokens before the one whose time is told.
 
 
-def show(name: str, model: Looped, ram: int) -> None:
-    """Print what a model without weights needs, and what of it a Mac of `ram` GB has."""
-    footprints, quantises = _footprints(model), reads_quantised_cache(model)
-    _print_weights(name, model, footprints, ram, quantises)
+def show(name: str, model: Looped, ram: int, verbose: bool) -> None:
+    """Print whether a model without weights fits a Mac of `ram` GB, and which it does fit.
+
+    Args:
+        verbose: what it needs, too.
+    """
+    footprints = _footprints(model)
+    out.print(f"{name}: {model.model_type}, {len(model.layers)} layers, {describe(model.loop)}")
+    _print_answer(footprints, ram)
+    if not verbose:
+        out.print("--verbose has weights, caches, Macs and speeds", style="dim")
+        return
+    out.print()
+    quantises = reads_quantised_cache(model)
+    _print_weights(footprints, ram, quantises)
     _print_cache(model, quantises)
     _print_macs(footprints)
     _print_speed(model, footprints)
-    _print_advice(footprints, ram)
+    _print_advice(ram)
 
 
 def _footprints(model: Looped) -> dict[str, Footprint]:
@@ -52,11 +65,30 @@ def _footprints(model: Looped) -> dict[str, Footprint]:
     return found
 
 
-def _print_weights(
-    name: str, model: Looped, footprints: dict[str, Footprint], ram: int, quantises: bool
-) -> None:
+def _print_answer(footprints: dict[str, Footprint], ram: int) -> None:
+    limit = usable(ram * GIB)
+    room = min(ROOM, footprints["as stored"].longest(1 << 60))
+    fits = {name: f for name, f in footprints.items() if f.longest(limit) >= room}
+    if fits:
+        name, footprint = next(iter(fits.items()))
+        out.print(
+            f"[green]Fits on {ram} GB[/green]: {name} ({_size(footprint.weights)}), with room for "
+            f"{_tokens(footprint.longest(limit))} tokens."
+        )
+    else:
+        out.print(f"[red]Does not fit on {ram} GB[/red] with room for {room} tokens.")
+    smallest = {n: _smallest(f, room) for n, f in footprints.items() if n in TOLD}
+    words = [f"{n} from {size} GB" for n, size in smallest.items() if size]
+    out.print(f"Macs with room for {room} tokens: {', '.join(words) or 'none'}.")
+
+
+def _smallest(footprint: Footprint, room: int) -> int | None:
+    """GB of the smallest Mac with room for this many tokens; None: there is none."""
+    return next((size for size in SIZES if footprint.longest(usable(size * GIB)) >= room), None)
+
+
+def _print_weights(footprints: dict[str, Footprint], ram: int, quantises: bool) -> None:
     """Args: quantises: whether `kv_bits` works with the model."""
-    out.print(f"{name}: {model.model_type}, {len(model.layers)} layers, {describe(model.loop)}\n")
     limit = usable(ram * GIB)
     table = plain_table("weights", "bits each", "size", f"context on {ram} GB", "with kv 4 bits")
     for kind, footprint in footprints.items():
@@ -109,7 +141,7 @@ def _print_macs(footprints: dict[str, Footprint]) -> None:
 
 
 def _print_speed(model: Looped, footprints: dict[str, Footprint]) -> None:
-    chosen = {n: f for n, f in footprints.items() if n in ("as stored", "8 bits", "4 bits")}
+    chosen = {n: f for n, f in footprints.items() if n in TOLD}
     out.print("generated tokens/s at most, un-looped / looped:")
     table = plain_table("chip", *chosen)
     plain = {n: Footprint(model.with_loop(None), f.chosen, fused=True) for n, f in chosen.items()}
@@ -124,13 +156,7 @@ def _print_speed(model: Looped, footprints: dict[str, Footprint]) -> None:
     out.print()
 
 
-def _print_advice(footprints: dict[str, Footprint], ram: int) -> None:
-    limit = usable(ram * GIB)
-    most = footprints["as stored"].longest(1 << 60)
-    room = min(ROOM, most)
-    fits = [name for name, f in footprints.items() if f.longest(limit) >= room]
-    which = f"{fits[0]} is the most that leaves" if fits else "nothing here leaves"
-    out.print(f"On {ram} GB {which} room for {room} tokens.")
+def _print_advice(ram: int) -> None:
     more = ram * 1024 * 7 // 8
     out.print(
         "macOS lets the GPU use about two thirds of 32 GB and less, three quarters of more. To "

@@ -125,8 +125,7 @@ def _lm_eval(harness: Harness) -> tuple[Callable[..., Any], Any, Callable[..., A
         from mlx_lm.evaluate import MLXLM, chat_template_fn
     except ImportError as error:
         raise UserError(
-            f"lm_eval tasks need lm-evaluation-harness ({error}): install mlx-loop with its eval "
-            "extra, pip install 'mlx-loop[eval]'"
+            f"lm_eval: tasks need lm-evaluation-harness ({error}): pip install lm-eval"
         ) from error
 
     class LoopedLM(MLXLM):

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...errors import INTERRUPTED, UserError
+from ...errors import INTERRUPTED
 from .. import options
 from ..options import add, fraction, from_zero, positive, refuse
-
-if TYPE_CHECKING:
-    from ...measure.tasks import Task
 
 SUMMARY = "long-context and other tasks under many loop settings, with honest statistics"
 EXAMPLES = """examples:
@@ -24,7 +21,6 @@ docs/evaluation.md explains tasks, statistics and files."""
 
 DEFAULT_TASKS = "niah_single_2,niah_multikey_1,niah_multivalue,niah_multiquery,vt,cwe,fwe"
 DEFAULT_AXES: dict[str, list[Any]] = {"loops": [2, 3, 4, 6, 8, 12]}
-LM_EVAL = "lm_eval:"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -90,49 +86,17 @@ def _refuse_idle(
         refuse(args, tuple(names), "without one of RULER's tasks")
 
 
-def parse_tasks(text: str) -> tuple[list[str], list[str], list[str]]:
-    """RULER's tasks, lm-evaluation-harness's, and those in files, in `--tasks`.
-
-    Raises:
-        UserError: a name that none of them is.
-    """
-    from ...measure.tasks import FROM_FILES, split_name
-    from ...measure.tasks.ruler import TASKS
-
-    ours: list[str] = []
-    theirs: list[str] = []
-    files: list[str] = []
-    for name in filter(None, map(str.strip, text.split(","))):
-        if name.startswith(LM_EVAL):
-            theirs.append(name.removeprefix(LM_EVAL))
-        elif name == "ruler":
-            ours += [task for task in TASKS if task != "qa"]
-        elif name in TASKS:
-            ours.append(name)
-        elif ":" in name and FROM_FILES[split_name(name)[0]].unit == "%":
-            files.append(name)
-        else:
-            raise UserError(
-                f"unknown task {name!r}: known are ruler, {', '.join(TASKS)}, {LM_EVAL}NAME for "
-                "the tasks of lm-evaluation-harness, questions:FILE, choices:FILE and "
-                "chat_choices:FILE"
-            )
-    if not ours and not theirs and not files:
-        raise UserError("there is no task: give --tasks niah_single_2,vt or --tasks ruler")
-    return list(dict.fromkeys(ours)), list(dict.fromkeys(theirs)), list(dict.fromkeys(files))
-
-
 def run(args: argparse.Namespace) -> int:
+    from ...measure.evaluation import carry_out, other_tasks, parse_tasks
+
     ours, theirs, names = parse_tasks(args.tasks)
     _refuse_idle(args, ours, theirs, names)
     from ...checkpoints.loading import find
-    from ...measure.drift import Drift, traced
     from ...measure.outcome import HEADER, conclusion, outcomes, rows
     from ...measure.report import beside, write
-    from ...measure.results import Results, fingerprint
-    from ...measure.study import DRIFT, RESULTS, SECONDS, Study, examples
-    from ...measure.tasks import FROM_FILES, named, split_name
-    from ...measure.tasks.harness import Harness
+    from ...measure.results import fingerprint
+    from ...measure.study import Study, examples
+    from ...measure.tasks import split_name
     from ...measure.tasks.ruler import SEED, Sources
     from ..measuring import load_views, measuring, table
     from ..terminal import err, out
@@ -157,37 +121,14 @@ def run(args: argparse.Namespace) -> int:
     )
     folder = Path(args.out).expanduser()
     views, tokenizer = load_views(args, DEFAULT_AXES)
-    asked = {"template": study.template, "system": study.system_prompt, "batch": study.batch_size}
-    others: list[Task] = [
-        named(FROM_FILES[split_name(name)[0]].read(path, tokenizer, study.limit, **asked), name)
-        for name, path in files.items()
-    ]
-    if theirs:
-        others.append(
-            Harness(
-                theirs,
-                include_path,
-                args.limit,
-                args.batch_size,
-                lengths,
-                str(find(args.model)),
-                args.chat_template_config,
-            )
-        )
+    place = str(find(args.model))
+    others = other_tasks(study, tokenizer, files, theirs, lengths, place, include_path)
     with measuring() as (bars, measure):
         bar = bars.add_task("making problems", total=len(study.cells()) * study.limit)
         problems = examples(study, tokenizer, folder, lambda: bars.advance(bar))
         bars.remove_task(bar)
-        results = Results.open(folder / RESULTS, study.header())
-        title = f"{len(views)} settings"
-        finished = all(
-            measure(title, views, tokenizer, task, results, folder / SECONDS)
-            for task in (problems, *others)
-        )
-        chosen = problems.of(traced(problems.problems, 2 if args.trace is None else args.trace))
-        if finished and chosen.problems:
-            drift = Results.open(folder / DRIFT, study.header())
-            finished = measure("tracing", views[1:], tokenizer, Drift(chosen), drift)
+        traces = 2 if args.trace is None else args.trace
+        finished = carry_out(study, views, tokenizer, folder, problems, others, traces, measure)
     if not finished:
         err.print("stopped; the same command goes on from here", style="yellow")
     layers = len(views[0].layers)

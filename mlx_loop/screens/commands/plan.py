@@ -21,11 +21,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add(parser, "model", what, str, "MODEL", "demo", nargs="?")
     add(parser, "--ram", "memory of the Mac in question", positive, "GB", 16)
+    add(parser, "--verbose", "tables of weights, caches, Macs and speeds after the answer")
     add_loop_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from ...checkpoints.hub import hollow
+    from ...checkpoints.hub import cached, hollow
     from ...checkpoints.loading import DEMOS, find, open_checkpoint
     from ..plan_tables import show
     from ..terminal import err
@@ -34,8 +35,9 @@ def run(args: argparse.Namespace) -> int:
         with err.status(f"reading what {args.model} says of itself"):
             local = args.model in DEMOS or Path(args.model).expanduser().exists()
             is_repo = not local and args.model.count("/") == 1 and args.model[0] not in "./~"
-            path = stack.enter_context(hollow(args.model)) if is_repo else find(args.model)
+            path = cached(args.model) if is_repo else find(args.model)
+            path = path or stack.enter_context(hollow(args.model))
             model = open_checkpoint(path)
             apply_loop(args, model)
-        show(args.model, model, args.ram)
+        show(args.model, model, args.ram, args.verbose)
     return 0

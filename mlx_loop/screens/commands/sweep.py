@@ -66,37 +66,31 @@ def run(args: argparse.Namespace) -> int:
     from ...measure.plots import draw_windows, save
     from ...measure.results import Results, fingerprint
     from ...measure.study import complete, gather
-    from ...measure.tasks import FROM_FILES, joined, named, split_name, split_names
-    from ...measure.tasks.questions import QUESTIONS
+    from ...measure.tasks import FROM_FILES, files_of, kind_of, read_tasks, split_names
     from ..measuring import load_views, measuring
     from ..terminal import err, out
 
     names = [f"text:{args.text}"] if args.task is None else split_names(args.task)
-    kinds = list(dict.fromkeys(split_name(name)[0] for name in names))
-    if len(kinds) > 1:
-        raise UserError(f"--task takes files of one kind, not of {' and '.join(kinds)}")
-    kind = FROM_FILES[kinds[0]]
+    of_kind = kind_of(names)
+    kind = FROM_FILES[of_kind]
     unread = tuple(option for name, option in ASKED.items() if name not in kind.reads)
-    options.refuse(args, unread, "with --text" if args.text else f"with --task {kinds[0]}:FILE")
-    if kinds == ["text"]:
+    options.refuse(args, unread, "with --text" if args.text else f"with --task {of_kind}:FILE")
+    if of_kind == "text":
         options.refuse(args, options.OF_ANSWERS, "with a text, all of which loops as a prompt does")
     if args.best and kind.no_choice:
         raise UserError(f"--best needs a --task: {kind.no_choice}")
-    paths = [Path(split_name(name)[1]).expanduser() for name in names]
-    paths = [QUESTIONS] if args.task == "demo" else paths
     asked = {name: getattr(args, option) for name, option in ASKED.items() if name in kind.reads}
     asked = {name: value for name, value in asked.items() if value is not None}
-    data = [fingerprint(path) for path in paths]
+    data = [fingerprint(path) for path in files_of(names)]
     views, tokenizer = load_views(args, DEFAULT_AXES)
-    tasks = [kind.read(path, tokenizer, args.limit, **asked) for path in paths]
-    task = tasks[0] if len(tasks) == 1 else joined(list(map(named, tasks, names)))
+    task = read_tasks(names, tokenizer, args.limit, **asked)
     header = {
         "model": args.model,
         "adapter": args.adapter_path,
         "dtype": args.dtype,
         "data": data[0] if len(data) == 1 else data,
         **{name: getattr(task, name, None) for name in ASKED if name != "batch"},
-        "measure": "task" if kinds == ["questions"] else kinds[0],
+        "measure": "task" if of_kind == "questions" else of_kind,
     }
     results = Results.open(Path(args.out).expanduser(), header)
     with measuring() as (_, measure):

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import options
 from ..options import OF_ANSWERS, load_from, read_prompt, refuse, render_prompt
 
 if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
     from rich.table import Table
 
-    from ...measure.trace import Loop, State, Trace
+    from ...measure.trace import Trace
 
 SUMMARY = "look inside a loop: does it converge, drift or diverge?"
 EXAMPLES = """examples:
@@ -42,8 +37,8 @@ COLOURS = {"converging": "green", "drifting": "yellow", "diverging": "red"}
 
 
 def run(args: argparse.Namespace) -> int:
+    from ...measure.library import trace
     from ...measure.plots import save
-    from ...measure.trace import trace
     from ..terminal import err
 
     refuse(args, OF_ANSWERS, "in a trace, in which all tokens loop")
@@ -51,61 +46,36 @@ def run(args: argparse.Namespace) -> int:
     with err.status(f"loading {args.model}"):
         model, tokenizer = load_from(args)
     with err.status("tracing"):
-        traced = trace(model, render_prompt(args, tokenizer, prompt))
+        traced = trace(model, tokenizer, render_prompt(args, tokenizer, prompt))
     if args.json:
-        print(json.dumps(report(args.model, traced, tokenizer), ensure_ascii=False))
+        print(json.dumps({"model": args.model, **traced.to_dict()}, ensure_ascii=False))
     else:
-        show(traced, tokenizer, args.tokens)
+        show(traced, args.tokens)
     if args.plot is not None:
-        files = save(Path(args.plot).expanduser(), lambda pyplot: draw(pyplot, traced))
+        files = save(Path(args.plot).expanduser(), traced.draw)
         err.print(f"drawn in {files[0]} and, for dark pages, {files[1]}", markup=False)
     return 0
-
-
-def report(name: str, traced: Trace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
-    """All numbers as JSON; what is not a number is null."""
-    loops = [
-        {
-            "layers": loop.layers,
-            "verdict": loop.verdict,
-            "reason": loop.reason,
-            **asdict(loop),
-        }
-        for loop in traced.loops
-    ]
-    return {
-        "model": name,
-        "loop": traced.loop.to_dict(),
-        "tokens": [tokenizer.decode([token]) for token in traced.tokens],
-        "verdict": traced.verdict,
-        "loops": _jsonable(loops),
-    }
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_jsonable(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- Tables ---
 
 
-def show(traced: Trace, tokenizer: TokenizerWrapper, tokens: bool) -> None:
+def show(traced: Trace, tokens: bool) -> None:
     """The medians over tokens for each pass, the verdict, and if wanted a line for each token."""
+    from ..measuring import table
     from ..terminal import describe, out
 
     out.print(f"loop {describe(traced.loop)}, {len(traced.tokens)} tokens", style="dim")
     for loop in traced.loops:
-        out.print(_passes(loop))
+        passes = loop.table()
+        out.print(f"[italic]{loop.where}, medians over tokens[/italic]")
+        out.print(table(passes.header, passes.rows))
     if tokens:
-        out.print(_tokens(traced, tokenizer))
+        out.print(_tokens(traced))
     if any(p.experts_changed is not None for loop in traced.loops for p in loop.passes):
         out.print("experts: as if routing were live", style="dim")
     for loop in traced.loops:
-        where = f"{_where(loop)}: " if len(traced.loops) > 1 else ""
+        where = f"{loop.where}: " if len(traced.loops) > 1 else ""
         colour = COLOURS.get(loop.verdict, "dim")
         out.print(f"{where}[{colour}]{loop.verdict}[/{colour}]: {loop.reason}")
     if len(traced.loops) > 1:
@@ -113,111 +83,23 @@ def show(traced: Trace, tokenizer: TokenizerWrapper, tokens: bool) -> None:
         out.print(f"in all [{colour}]{traced.verdict}[/{colour}]")
 
 
-def _where(loop: Loop) -> str:
-    first, last = loop.layers[0], loop.layers[-1]
-    return f"layer {first}" if first == last else f"layers {first}-{last}"
-
-
-def _passes(loop: Loop) -> Table:
-    from rich.table import Table
-
-    from ...measure.trace import middle
-
-    experts = loop.passes[0].experts_changed is not None
-    table = Table(title=f"{_where(loop)}, medians over tokens", title_justify="left", box=None)
-    for name in ("pass", "residual", "contraction", "norm", "cosine", "lens KL"):
-        table.add_column(name, justify="right")
-    if experts:
-        table.add_column("experts changed", justify="right")
-    for number, one in enumerate(loop.passes, start=1):
-        cells = [str(number), _number(middle(one.residual)), _number(middle(one.contraction))]
-        cells += _state(one.before)
-        if one.experts_changed is not None:
-            cells.append(f"{one.experts_changed:.0%}")
-        table.add_row(*cells)
-    table.add_row("result", "", "", *_state(loop.result))
-    return table
-
-
-def _tokens(traced: Trace, tokenizer: TokenizerWrapper) -> Table:
+def _tokens(traced: Trace) -> Table:
     from rich.table import Table
     from rich.text import Text
+
+    from ...measure.trace import short
 
     last = traced.loops[-1]
     table = Table(title="tokens, as they leave the window", title_justify="left", box=None)
     table.add_column("token", overflow="fold", max_width=24)
     for name in ("growth", "norm", "cosine", "lens KL"):
         table.add_column(name, justify="right")
-    for i, token in enumerate(traced.tokens):
+    for i, text in enumerate(traced.texts):
         table.add_row(
-            Text(repr(tokenizer.decode([token]))),
-            _number(max(loop.growth[i] for loop in traced.loops)),
-            _number(last.result.norm[i]),
-            _number(last.result.cosine[i]),
-            _number(last.result.lens_kl[i]),
+            Text(repr(text)),
+            short(max(loop.growth[i] for loop in traced.loops)),
+            short(last.result.norm[i]),
+            short(last.result.cosine[i]),
+            short(last.result.lens_kl[i]),
         )
     return table
-
-
-def _state(state: State) -> list[str]:
-    from ...measure.trace import middle
-
-    return [_number(middle(values)) for values in (state.norm, state.cosine, state.lens_kl)]
-
-
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.3g}"
-
-
-# --- Picture ---
-
-
-def draw(pyplot: Any, traced: Trace) -> Any:
-    """Residual, contraction, norm and lens KL over the passes: the median token, and of a
-    single loop the middle 80 %.
-    """
-    figure, axes = pyplot.subplots(2, 2, figsize=(8, 5.6), layout="constrained")
-    panels = {
-        "residual |g(x) - x| / |g(x0)|": lambda loop: [p.residual for p in loop.passes],
-        "contraction |g(x) - g(x')| / |x - x'|": lambda loop: [p.contraction for p in loop.passes],
-        "norm of the state / natural pass": lambda loop: [s.norm for s in _states(loop)],
-        "KL of the logit lens to the natural pass": lambda loop: [s.lens_kl for s in _states(loop)],
-    }
-    for axis, (title, values) in zip(axes.flat, panels.items(), strict=True):
-        for loop in traced.loops:
-            alone = len(traced.loops) == 1
-            _line(axis, values(loop), "median token" if alone else _where(loop), alone)
-        passes = len(traced.loops[0].passes)
-        axis.set_title(title)
-        axis.set_xticks(range(1, passes + 2), [*map(str, range(1, passes + 1)), "result"])
-        axis.set_xlim(0.8, passes + 1.2)
-    for axis in (axes[0, 1], axes[1, 0]):
-        axis.axhline(1, linewidth=0.8, linestyle="--", color=pyplot.rcParams["text.color"])
-    for axis in axes[1]:
-        axis.set_xlabel("before pass")
-    labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower center", ncols=6, frameon=False)
-    figure.suptitle(f"{traced.loop}: {traced.verdict}, {len(traced.tokens)} tokens")
-    return figure
-
-
-def _states(loop: Loop) -> list[State]:
-    return [*(one.before for one in loop.passes), loop.result]
-
-
-def _line(axis: Any, values: Sequence[Sequence[float]], label: str, band: bool) -> None:
-    numbers, bands = [], []
-    for number, tokens in enumerate(values, start=1):
-        known = [value for value in tokens if math.isfinite(value)]
-        if known:
-            low, *_, high = statistics.quantiles(known, n=10) if len(known) > 1 else known * 2
-            numbers.append(number)
-            bands.append((low, statistics.median(known), high))
-    if numbers:
-        lows, medians, highs = zip(*bands, strict=True)
-        (line,) = axis.plot(numbers, medians, marker="o", markersize=4, label=label)
-        if band:
-            colour, label = line.get_color(), "middle 80 % of tokens"
-            axis.fill_between(
-                numbers, lows, highs, alpha=0.2, color=colour, linewidth=0, label=label
-            )

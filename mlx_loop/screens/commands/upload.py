@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     from ...checkpoints.card import upload
+    from ...checkpoints.hub import HubError
     from ...checkpoints.loading import read_config
     from ...checkpoints.whole import check_whole
     from ..terminal import out
@@ -34,11 +35,10 @@ def run(args: argparse.Namespace) -> int:
     check_whole(folder, read_config(folder))
     try:
         page = upload(folder, args.upload_repo)
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"cannot upload to {args.upload_repo} ({reason}): check the name and run "
-            "`hf auth login`"
-        ) from error
+    except (HubError, HFValidationError, OSError) as error:
+        refused = isinstance(error, HfHubHTTPError | HFValidationError | LocalTokenNotFoundError)
+        todo = "check the name and run `hf auth login`" if refused else "check the network"
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"cannot upload to {args.upload_repo} ({reason}): {todo}") from error
     out.print(f"{folder} is at {page}")
     return 0
