@@ -346,6 +346,7 @@ def sampling_given(args: argparse.Namespace) -> bool:
 
 def suggested_sampling(model: Looped) -> dict[str, float]:
     """What a checkpoint's generation_config.json says of sampling, as options of it."""
+    assert model.checkpoint is not None  # It was loaded from there.
     file = model.checkpoint.path / "generation_config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -28,7 +28,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(group, "--delay", "seconds between two runs", from_zero, "S", 0)
     options.add_prefill_option(group)
     options.add_model_options(parser)
-    options.add_dtype(parser)
     options.add_loop_options(parser, several=True)
 
 
