@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -11,6 +13,7 @@ from rich.text import Text
 
 from ..measure.comparison import Answer
 from ..measure.names import names
+from ..method.loop import layer_passes
 from .terminal import extra_cost
 
 # Stands before the first token that is not the un-looped answer's.
@@ -37,6 +40,31 @@ def notes(answer: Answer, base: Answer) -> list[str]:
         if answer.share[1]:
             lines.append(f"{answer.share[0] / answer.share[1]:.0%} of tokens looped")
     return lines
+
+
+def answer_report(answer: Answer, base: Answer) -> dict[str, Any]:
+    """An answer and its numbers, ready for JSON; `base` is the un-looped one."""
+    layers = len(answer.view.layers)
+    return {
+        "loop": None if answer.loop is None else answer.loop.to_dict(),
+        "text": answer.text,
+        "finish_reason": answer.finish_reason or "interrupted",
+        "generation_tokens": len(answer.tokens),
+        "draft_tokens": answer.drafted,
+        "generation_tps": answer.tokens_per_second,
+        "layers": layers,
+        "layer_passes": layer_passes(answer.loop, layers),
+        "extra_time": answer.extra_time(base),
+        "departs_at_token": answer.departs,
+        **(asdict(answer.measures) if answer.measures else {}),
+        "guard": {"fired": answer.firings[0], "loops": answer.firings[1]}
+        if answer.loop is not None and answer.loop.guard is not None
+        else None,
+        "gate": {"looped": answer.share[0], "tokens": answer.share[1]}
+        if answer.loop is not None and answer.loop.gate is not None
+        else None,
+        "notes": notes(answer, base),
+    }
 
 
 def marked(answer: Answer) -> Text:

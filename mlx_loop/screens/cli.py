@@ -18,6 +18,7 @@ COMMANDS = (
     "chat",
     "generate",
     "compare",
+    "serve",
     "trace",
     "sweep",
     "evaluate",

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from ..generation.conversation import Interrupted
 from ..generation.sampling import Sampler
 from ..measure.comparison import Answer, compare, distinct
 from ..measure.names import names
-from ..method.loop import layer_passes
 from ..models.looped import Looped
 from ..settings import LoopConfig
-from .board import Board, notes
+from .board import Board, answer_report
 from .fields import SETTINGS, check_read, combinations, parse_config, parse_settings
 from .options import from_zero, parse_draft, positive, temperature
 from .session import Command, Row, Session, command, grid, needed
@@ -149,7 +148,7 @@ class Compare(Session):
             "seed": asked.seed,
             "draft": self.drafts,
             "stopped": stop.is_set(),
-            "answers": [self._answer_report(answer, answers[0]) for answer in answers],
+            "answers": [answer_report(answer, answers[0]) for answer in answers],
         }
         self.reports.append(report)
         if self.as_json:
@@ -161,29 +160,6 @@ class Compare(Session):
         if stop.is_set() and not self.as_json:
             out.print("stopped", style="yellow")
         return not stop.is_set()
-
-    def _answer_report(self, answer: Answer, base: Answer) -> dict[str, Any]:
-        passes, layers = layer_passes(answer.loop, len(self.model.layers)), len(self.model.layers)
-        return {
-            "loop": None if answer.loop is None else answer.loop.to_dict(),
-            "text": answer.text,
-            "finish_reason": answer.finish_reason or "interrupted",
-            "generation_tokens": len(answer.tokens),
-            "draft_tokens": answer.drafted,
-            "generation_tps": answer.tokens_per_second,
-            "layers": layers,
-            "layer_passes": passes,
-            "extra_time": answer.extra_time(base),
-            "departs_at_token": answer.departs,
-            **(asdict(answer.measures) if answer.measures else {}),
-            "guard": {"fired": answer.firings[0], "loops": answer.firings[1]}
-            if answer.loop is not None and answer.loop.guard is not None
-            else None,
-            "gate": {"looped": answer.share[0], "tokens": answer.share[1]}
-            if answer.loop is not None and answer.loop.gate is not None
-            else None,
-            "notes": notes(answer, base),
-        }
 
     # --- Commands ---
 

@@ -161,6 +161,13 @@ def load_with_start(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper,
     return model, tokenizer, _start(args, model)
 
 
+def load_for_names(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper, LoopConfig]:
+    """As `load_from`, and the settings to which a model's name adds."""
+    given = _given_fields(args)
+    model, tokenizer = load_from(args)
+    return model, tokenizer, replace(_start(args, model), **given)
+
+
 def _load(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
     from ..checkpoints.loading import load
 
