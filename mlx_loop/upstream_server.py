@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm import server
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import LRUPromptCache
@@ -32,7 +33,7 @@ def _processors(args: server.GenerationArguments) -> list[Callable[..., Any]]:
     return [*_make_logits_processors(args), *getattr(args, "processors", ())]
 
 
-server.stream_generate = _stream
+server.stream_generate = _stream  # type: ignore[assignment]
 server._make_logits_processors = _processors
 
 
@@ -63,7 +64,14 @@ class Batch(server.ResponseGenerator):
         # The thread starts here, and asks for its budget of time after its first request.
         super().__init__(provider, kept)
         if not self._is_distributed:
-            self._time_budget = _OneStep(turns)
+            self._time_budget = _OneStep(turns)  # type: ignore[assignment]
+
+    def _generate(self) -> None:
+        try:
+            super()._generate()
+        finally:
+            # A process that ends while MLX is still ending streams of a thread aborts.
+            mx.clear_streams()
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> tuple[Any, ...]:
         prompt, segments, types, state, vision = super()._tokenize(tokenizer, request, args)

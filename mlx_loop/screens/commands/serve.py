@@ -6,10 +6,13 @@ import argparse
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from .. import options
+
+if TYPE_CHECKING:
+    from ..serve.server import Server
 
 SUMMARY = "answer other programs over HTTP, with the loop settings in the model's name"
 EXAMPLES = """examples:
@@ -41,8 +44,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(group, "--prompt-cache-bytes", what, options.positive, "N")
     what = "caches of earlier prompts that are kept"
     add(group, "--prompt-cache-size", what, options.from_zero, "N", 10)
-    add(group, "--decode-concurrency", "answers at once, for each setting", options.positive, "N", 32)
-    add(group, "--prompt-concurrency", "prompts at once, for each setting", options.positive, "N", 8)
+    what = "answers at once, for each setting"
+    add(group, "--decode-concurrency", what, options.positive, "N", 32)
+    what = "prompts at once, for each setting"
+    add(group, "--prompt-concurrency", what, options.positive, "N", 8)
     what = "what is printed"
     levels = ("debug", "info", "warning", "error")
     add(group, "--log-level", what, str, default="warning", choices=levels)
@@ -61,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from ..terminal import err
 
     with err.status(f"loading {args.model}"):
-        server = _server(args)
+        server = open_server(args)
     from ..serve.server import serve
 
     host, port = server.server_address[:2]
@@ -76,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _server(args: argparse.Namespace) -> Any:
+def open_server(args: argparse.Namespace) -> Server:
+    """What the options ask for, listening."""
     from ...checkpoints.memory import limit, weights_bytes
     from ...generation.prompt import check_prompt
     from ..serve.desk import Desk

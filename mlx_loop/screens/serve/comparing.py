@@ -10,6 +10,7 @@ from queue import Empty, Queue
 from statistics import median
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...errors import UserError
@@ -27,6 +28,8 @@ log = logging.getLogger("mlx_loop.serve")
 MOST_COLUMNS = 6
 LONGEST_TRACE = 512
 Event = dict[str, Any]
+# The steps of a comparison, where its events go, and whether nobody reads them any more.
+_Running = tuple[Generator[Event, None, None], "Queue[Event | None]", threading.Event]
 
 
 @dataclass
@@ -51,12 +54,10 @@ class Comparison:
         """What happens, one step of the device after the other; called with a turn."""
         yield {
             "event": "start",
-            "columns": [
-                {"view": i, "loop": self._loop(self.views[i])} for i in self.columns
-            ],
+            "columns": [{"view": i, "loop": self._loop(self.views[i])} for i in self.columns],
             "prompt_tokens": len(self.prompt),
         }
-        sent = [(0, None, None) for _ in self.views]
+        sent: list[tuple[int, int | None, str | None]] = [(0, None, None)] * len(self.views)
         answers: list[Answer] = []
         for answers in compare(
             self.views,
@@ -163,6 +164,7 @@ class Comparisons:
 
     def __init__(self, turns: Turns):
         self._turns = turns
+        self.running: list[_Running] = []
         self._new: Queue[tuple[Comparison, Queue[Event | None], threading.Event] | None] = Queue()
         self._thread = threading.Thread(target=self._work, name="comparisons", daemon=True)
         self._thread.start()
@@ -192,9 +194,7 @@ class Comparisons:
         self._thread.join()
 
     def _work(self) -> None:
-        running: list[tuple[Generator[Event, None, None], Queue[Event | None], threading.Event]]
-        running = []
-        stops = False
+        stops, running = False, self.running
         while running or not stops:
             while not running or not self._new.empty():
                 if (new := self._new.get()) is None:
@@ -211,6 +211,8 @@ class Comparisons:
                 if event is None:
                     running.remove(entry)
                 events.put(event)
+        # As in upstream_server.
+        mx.clear_streams()
 
 
 def _next(steps: Iterator[Event]) -> Event | None:

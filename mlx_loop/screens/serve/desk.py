@@ -78,15 +78,18 @@ class Provider(ModelProvider):
         # Whoever serves with it says where a prompt ends, or has settings that need not know.
         mine = view.with_loop(view.loop)
         mine.make_cache = view.new_cache
-        self._loaded = mine, tokenizer, (name, None, None), not view.tells_tokens_apart
+        self._loaded: dict[str, Any] = {
+            "model": mine,
+            "tokenizer": tokenizer,
+            "model_key": (name, None, None),
+            "is_batchable": not view.tells_tokens_apart and merges(view.new_cache()),
+        }
 
     def load_default(self) -> None:
-        self.model, self.tokenizer, self.model_key, batches = self._loaded
-        self.is_batchable = batches and merges(self.model.new_cache())
+        vars(self).update(self._loaded)
 
     def load(self, *_: Any) -> tuple[Looped, TokenizerWrapper]:
-        model, tokenizer, *_ = self._loaded
-        return model, tokenizer
+        return self._loaded["model"], self._loaded["tokenizer"]
 
 
 @dataclass
@@ -173,9 +176,7 @@ class Desk:
 
         latest: GenerationArguments
 
-        def admit(
-            request: CompletionRequest, args: GenerationArguments, tokens: list[int]
-        ) -> None:
+        def admit(request: CompletionRequest, args: GenerationArguments, tokens: list[int]) -> None:
             nonlocal latest
             self._admit(setting, request, args, tokens)
             latest = args
@@ -212,7 +213,8 @@ class Desk:
             )
         args.max_tokens = min(args.max_tokens, most - len(tokens))
         schema = getattr(request, "schema", None)
-        args.processors = () if schema is None else (self.grammars.processor(schema),)
+        if schema is not None:
+            vars(args)["processors"] = [self.grammars.processor(schema)]
         need = setting.footprint(-(-(len(tokens) + args.max_tokens) // 256) * 256)
         total = self.cli_args.prompt_cache_bytes
         if need > total:

@@ -98,8 +98,9 @@ class _Form:
         return mx.where(mx.array(allowed), logits, mx.array(-mx.inf, logits.dtype))
 
 
-def _grammar(matcher: Any, form: object) -> str:
-    kind = form.get("type") if isinstance(form, Mapping) else None
+def _grammar(matcher: Any, given: object) -> str:
+    form: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    kind = form.get("type")
     try:
         if kind == "json_object":
             return matcher.grammar_from_json_schema('{"type": "object"}', _COMPACT)

@@ -9,8 +9,9 @@ import logging
 import select
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from email.message import Message
 from http import HTTPStatus
 from importlib.resources import files
 from ipaddress import ip_address
@@ -63,7 +64,8 @@ class Handler(APIHandler):
         self._view: Looped
         self._schema: str | None = None
         self._status: int | None = None
-        super().__init__(desk, *args, **kwargs)
+        # mlx-lm's handler asks it for options and health only.
+        super().__init__(desk, *args, **kwargs)  # type: ignore[arg-type]
 
     # --- Requests ---
 
@@ -128,7 +130,7 @@ class Handler(APIHandler):
         """Check a request, and hand it on to mlx-lm's handler."""
         checks.check(body, self.desk.vocabulary)
         (checks.check_prompt if path == "/v1/completions" else checks.check_messages)(body)
-        self._view = self.desk.names.view(_text(body.get("model", "default_model")), body.get("loop"))
+        self._view = self.desk.names.view(body.get("model", "default_model"), body.get("loop"))
         self._schema = self.desk.grammars.read(body.get("response_format"))
         # Equal settings have to have equal names, since a batch compares them.
         body["model"] = self.desk.names.canonical(self._view)
@@ -149,7 +151,7 @@ class Handler(APIHandler):
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         try:
             with self.desk.batch(self._view) as batch, closing(_Answer(self, batch)) as answer:
-                self.response_generator = answer
+                self.response_generator = answer  # type: ignore[assignment]
                 super().handle_completion(request, stop_words)
         except Busy as error:
             self._refuse(429, str(error))
@@ -221,10 +223,8 @@ class Handler(APIHandler):
     def _refuse(self, status: int, message: str) -> None:
         log.info("%s %s: %s", status, self.path, message)
         self._status = None
-        try:
+        with suppress(*GONE):
             self._json({"error": message}, status)
-        except GONE:
-            pass
 
     def _send(self, status: int, body: bytes, kind: str) -> None:
         self.send_response(status)
@@ -251,7 +251,7 @@ class Handler(APIHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server refuses by itself, as JSON."""
         self.command = getattr(self, "command", None) or ""
-        self.headers = getattr(self, "headers", None) or {}
+        self.headers = getattr(self, "headers", None) or Message()
         self.path = getattr(self, "path", "")
         self._refuse(code, explain or message or HTTPStatus(code).phrase)
 
@@ -311,11 +311,19 @@ class _Answer:
         except Exception as error:
             self._handler.refuses(429 if isinstance(error, Busy) else 400)
             raise
-        return self._context, self._watched(responses)
+        return self._context, self._watched(responses, args.stop_words)
 
-    def _watched(self, responses: Iterator[Response]) -> Iterator[Response]:
+    def _watched(self, responses: Iterator[Response], stops: list[str]) -> Iterator[Response]:
+        """Up to a stop text, which mlx-lm takes out but ends at only where its tokens stand."""
+        known, seen = max(map(len, stops), default=1) - 1, ""
         for response in responses:
             self._check()
+            seen = seen[max(len(seen) - known, 0) :] + response.text
+            ends = [seen.find(stop) + len(stop) for stop in stops if stop in seen]
+            if ends:
+                text = response.text[: len(response.text) - (len(seen) - min(ends))]
+                yield replace(response, text=text, finish_reason=None)
+                return
             yield response
 
     def _check(self) -> None:
@@ -335,9 +343,3 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
-
-
-def _text(name: object) -> str:
-    if not isinstance(name, str):
-        raise UserError("model must be a text")
-    return name

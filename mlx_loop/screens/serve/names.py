@@ -1,6 +1,6 @@
 """Loop settings in a model's name: `NAME:loops=6,beta=0.3`.
 
-Within a value that is a list the numbers have semicolons between: `NAME:integrator=ema,alpha=0.5;0.3`.
+Semicolons stand between the numbers of a list: `NAME:integrator=ema,alpha=0.5;0.3`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Names:
         self.name = folder.resolve().name if folder.is_dir() else given
         self._known = (self.name, given, "default_model")
 
-    def view(self, name: str, loop: object = None) -> Looped:
+    def view(self, name: object, loop: object = None) -> Looped:
         """The model with the settings of a request.
 
         Args:
@@ -46,6 +46,8 @@ class Names:
         Raises:
             UserError: another model, or settings that the command line would refuse.
         """
+        if not isinstance(name, str):
+            raise UserError("model must be a text")
         start, fields = self._fields(name)
         if loop is not None:
             if not isinstance(loop, Mapping):

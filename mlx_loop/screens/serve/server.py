@@ -48,7 +48,7 @@ class Server(ThreadingHTTPServer):
             handler: Callable[..., Any] = partial(
                 Handler, desk, self.comparisons, system_fingerprint=get_system_fingerprint()
             )
-            super().__init__(info[0][4][:2], handler)
+            super().__init__((str(info[0][4][0]), int(info[0][4][1])), handler)
         except OSError as error:
             self._end()
             host, port = address
