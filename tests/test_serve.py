@@ -531,6 +531,15 @@ def test_a_seed_draws_the_same_answer_again(client):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_penalty_knows_the_part_of_a_prompt_that_was_cached():
+    asked = {**CHAT, "messages": STORY, "repetition_penalty": 1.8, "max_tokens": 20, "seed": 1}
+    asked |= {"repetition_context_size": 100}
+    with running() as client:
+        first, again = (client.post(asked)[1] for _ in range(2))
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    assert first["choices"][0]["message"] == again["choices"][0]["message"]
+
+
 def test_null_is_a_field_that_is_left_out(client):
     assert client.chat(temperature=None, max_tokens=None, stop=None, tools=None) == client.chat()
 

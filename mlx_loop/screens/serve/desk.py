@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -174,15 +174,15 @@ class Desk:
     def _open(self, name: str, view: Looped) -> _Setting:
         footprint = Footprint(view)
 
-        latest: GenerationArguments
+        latest: tuple[GenerationArguments, list[int]]
 
         def admit(request: CompletionRequest, args: GenerationArguments, tokens: list[int]) -> None:
             nonlocal latest
             self._admit(setting, request, args, tokens)
-            latest = args
+            latest = args, tokens
 
         def alone(**kwargs: Any) -> Generator[GenerationResponse, None, None]:
-            return self._alone(latest, **kwargs)
+            return self._alone(*latest, **kwargs)
 
         batch = Batch(
             Provider(self._batch_args, view, self.tokenizer, name),
@@ -246,6 +246,7 @@ class Desk:
     def _alone(
         self,
         args: GenerationArguments,
+        tokens: list[int],
         model: Looped,
         tokenizer: TokenizerWrapper,
         prompt: list[int],
@@ -255,7 +256,11 @@ class Desk:
         logits_processors: list[Any],
         **kwargs: Any,
     ) -> Generator[GenerationResponse, None, None]:
-        """Answer a request that cannot be in a batch; called with a turn, which it hands on."""
+        """Answer a request that cannot be in a batch; called with a turn, which it hands on.
+
+        Args:
+            tokens: the whole prompt, of which `prompt` is what the cache does not hold.
+        """
 
         def progress(done: int, total: int) -> None:
             prompt_progress_callback(done, total)
@@ -267,7 +272,9 @@ class Desk:
             more["num_draft_tokens"] = args.num_draft_tokens
             sampler = _sampler(args, tokenizer)
         else:
-            more |= {"stream": kwargs["stream"], "logits_processors": logits_processors}
+            known = mx.array(tokens[: len(tokens) - len(prompt)], mx.uint32)
+            seeing = [partial(_seeing, process, known) for process in logits_processors]
+            more |= {"stream": kwargs["stream"], "logits_processors": seeing}
         answer = stream_generate(
             model,
             tokenizer,
@@ -303,6 +310,14 @@ class Desk:
         """End all threads."""
         for setting in self._settings.values():
             setting.batch.stop_and_join()
+
+
+def _seeing(process: Any, known: mx.array, tokens: mx.array, logits: mx.array) -> mx.array:
+    """A logits processor's result, for a text that begins with what a cache holds.
+
+    mlx-lm would show it what is fed only, so that penalties would hang on what was cached.
+    """
+    return process(mx.concatenate([known, tokens.astype(mx.uint32)]), logits)
 
 
 def _sampler(args: GenerationArguments, tokenizer: TokenizerWrapper) -> Sampler:
