@@ -1,4 +1,4 @@
-"""The server: settings in names, answers as `mlx_loop generate` gives them, and what it withstands."""
+"""The server: settings in names, answers as `mlx_loop generate` gives them, hostile requests."""
 
 from __future__ import annotations
 
@@ -170,7 +170,11 @@ def test_a_bare_name_stands_for_the_options_and_settings_add_to_them(loaded):
     with running("--beta", "0.2", "--loop-names", "loops=2 cache=own") as client:
         listed = client.get("/v1/models")[1]["data"]
     assert [model["id"] for model in listed] == ["demo", "demo:loops=2", "demo:cache=own"]
-    assert [(m["loop"]["loops"], m["loop"]["beta"]) for m in listed] == [(3, 0.2), (2, 0.2), (3, 0.2)]
+    assert [(m["loop"]["loops"], m["loop"]["beta"]) for m in listed] == [
+        (3, 0.2),
+        (2, 0.2),
+        (3, 0.2),
+    ]
 
 
 def test_a_single_model_can_be_asked_for(client):
@@ -220,7 +224,7 @@ def test_no_caches_cross_settings(loaded):
 
 def test_a_text_that_is_wholly_in_the_cache_is_gone_on_with(loaded):
     # mlx-lm's own server ends its generation thread here.
-    model, tokenizer = loaded
+    _, tokenizer = loaded
     with running() as client:
         tokens = tokenizer.encode("What is")
         body = {"model": "demo:loops=1", "prompt": "What is", "max_tokens": 4}
@@ -310,7 +314,9 @@ HOSTILE = [
     b'{"messages": NaN}',
     json.dumps({**CHAT, "temperature": float("nan")}).encode(),
     json.dumps({**CHAT, "temperature": float("inf")}).encode(),
-    b'{"model": "demo", "messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}",
+    b'{"model": "demo", "messages": [{"role": "user", "content": "x"}], "seed": '
+    + b"9" * 5000
+    + b"}",
     {**CHAT, "temperature": 10**400},
     {**CHAT, "temperature": -1},
     {**CHAT, "temperature": "hot"},
@@ -427,7 +433,7 @@ def test_hostile_bodies_are_refused_and_disturb_no_stream(client, loaded):
         (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 411),
         (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", 411),
         (
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n",
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999999\r\n\r\n",
             413,
         ),
         (b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}", 404),
@@ -470,7 +476,7 @@ def test_a_key_is_asked_for_where_there_is_one():
 
 def test_other_sites_pages_may_ask_only_if_they_were_named():
     with running("--allowed-origins", "https://chat.example") as client:
-        status, body = client.request("OPTIONS", "/v1/models", Origin="https://chat.example")
+        status, _ = client.request("OPTIONS", "/v1/models", Origin="https://chat.example")
         assert status == 204
         assert client.post(CHAT, Origin="https://chat.example")[0] == 200
         assert client.post(CHAT, Origin="https://evil.example")[0] == 403
@@ -517,7 +523,7 @@ def test_a_stop_text_ends_an_answer(client):
     whole = client.chat(messages=STORY, max_tokens=60)
     word = whole.split()[5]
     for stops in ([word], ["never said", word[1:] + " "], word):
-        status, answer = client.post({**CHAT, "messages": STORY, "max_tokens": 60, "stop": stops})
+        _, answer = client.post({**CHAT, "messages": STORY, "max_tokens": 60, "stop": stops})
         stop = stops if isinstance(stops, str) else stops[-1]
         assert answer["choices"][0]["message"]["content"] == whole[: whole.index(stop)]
         assert answer["choices"][0]["finish_reason"] == "stop"

@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
         server = open_server(args)
     from ..serve.server import serve
 
-    host, port = server.server_address[:2]
-    shown = f"[{host}]" if ":" in str(host) else host
+    host, port = map(str, server.server_address[:2])
+    shown = f"[{host}]" if ":" in host else host
     err.print(
         f"{server.desk.names.name} is served at http://{shown}:{port}/v1, "
         f"with a page at http://{shown}:{port}/",

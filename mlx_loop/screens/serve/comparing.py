@@ -138,7 +138,7 @@ def asked(desk: Desk, body: dict[str, Any]) -> Comparison:
         raise UserError("max_tokens must be a whole number from 1 up, seed one from 0 to 2^31")
     if not isinstance(heat, int | float) or not 0 <= heat <= 10:
         raise UserError("temperature must be a number from 0 to 10")
-    views = [desk.names.view(f"{desk.names.name}:loops=1")]
+    views = [desk.names.view(desk.names.name).with_loop(None)]
     columns = []
     for text in settings:
         view = desk.names.view(f"{desk.names.name}:{text.strip().replace(' ', ',')}")
