@@ -433,7 +433,7 @@ def test_hostile_bodies_are_refused_and_disturb_no_stream(client, loaded):
         (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 411),
         (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", 411),
         (
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999999\r\n\r\n",
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n",
             413,
         ),
         (b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}", 404),
@@ -513,10 +513,23 @@ def test_more_than_the_memory_holds_is_put_off_and_nothing_is_kept_of_it(client)
 
 
 def test_probabilities_of_tokens(client):
-    asked = {**CHAT, "logprobs": True, "top_logprobs": 3, "max_tokens": 4}
-    content = client.post(asked)[1]["choices"][0]["logprobs"]["content"]
-    assert [len(token["top_logprobs"]) for token in content] == [3] * len(content)
-    assert all(token["logprob"] <= 0 for token in content)
+    asked = {**CHAT, "messages": STORY, "top_logprobs": 3, "max_tokens": 12}
+    choice = client.post(asked)[1]["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert "".join(token["token"] for token in content) == choice["message"]["content"]
+    for token in content:
+        # Greedy: the likeliest token, which comes first.
+        assert len(token["top_logprobs"]) == 3
+        assert token["token"] == token["top_logprobs"][0]["token"]
+        assert token["logprob"] == token["top_logprobs"][0]["logprob"] <= 0
+    with client.stream(asked) as events:
+        chunks = [json.loads(event)["choices"][0] for event in events if event != "[DONE]"]
+    assert [token for chunk in chunks for token in chunk["logprobs"]["content"]] == content
+    text = {"model": "demo", "prompt": "Once upon a", "logprobs": 2, "max_tokens": 4}
+    answer = client.post(text, "/v1/completions")[1]
+    found = answer["choices"][0]["logprobs"]
+    assert {len(x) for x in found.values()} == {answer["usage"]["completion_tokens"]}
+    assert all(len(top) == 2 for top in found["top_logprobs"])
 
 
 def test_a_stop_text_ends_an_answer(client):

@@ -122,6 +122,8 @@ def _check_logprobs(body: dict[str, Any]) -> None:
         body["logprobs"], body["top_logprobs"] = True, count
     if body.get("top_logprobs") == 0:
         del body["top_logprobs"]
+    if "top_logprobs" in body:
+        body.setdefault("logprobs", True)
 
 
 def _check_bias(bias: object, vocabulary: int) -> None:

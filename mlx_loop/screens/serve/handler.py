@@ -25,6 +25,7 @@ from mlx_lm.server import (
     GenerationContext,
     Response,
 )
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...errors import UserError
 from ...models.looped import Looped
@@ -64,6 +65,8 @@ class Handler(APIHandler):
         self._view: Looped
         self._schema: str | None = None
         self._status: int | None = None
+        # Of the answer, what no `generate_response` has been made of.
+        self.said: list[Response] = []
         # mlx-lm's handler asks it for options and health only.
         super().__init__(desk, *args, **kwargs)  # type: ignore[arg-type]
 
@@ -160,6 +163,15 @@ class Handler(APIHandler):
         except Exception as error:
             log.exception("an answer has failed")
             self._fail(str(error))
+
+    def generate_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """mlx-lm's, with probabilities of the tokens that were chosen, in streams as well."""
+        response = super().generate_response(*args, **kwargs)
+        if self.logprobs:
+            rows, self.said = self.said, []
+            likely = _chat_logprobs if self.object_type.startswith("chat") else _text_logprobs
+            response["choices"][0]["logprobs"] = likely(rows, self.desk.tokenizer)
+        return response
 
     def _fail(self, message: str) -> None:
         """Say that an answer that has begun ends here."""
@@ -318,6 +330,7 @@ class _Answer:
         known, seen = max(map(len, stops), default=1) - 1, ""
         for response in responses:
             self._check()
+            self._handler.said.append(response)
             seen = seen[max(len(seen) - known, 0) :] + response.text
             ends = [seen.find(stop) + len(stop) for stop in stops if stop in seen]
             if ends:
@@ -336,6 +349,33 @@ class _Answer:
             self._context.stop()
         if self._args is not None:
             self._handler.desk.finished(self._args)
+
+
+def _chat_logprobs(said: list[Response], tokenizer: TokenizerWrapper) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.decode([token])
+        return {"id": token, "token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return {
+        "content": [
+            entry(r.token, r.logprob) | {"top_logprobs": [entry(*top) for top in _top(r)]}
+            for r in said
+        ]
+    }
+
+
+def _text_logprobs(said: list[Response], tokenizer: TokenizerWrapper) -> dict[str, Any]:
+    return {
+        "tokens": [tokenizer.decode([r.token]) for r in said],
+        "token_logprobs": [r.logprob for r in said],
+        "top_logprobs": [{tokenizer.decode([t]): p for t, p in _top(r)} for r in said],
+    }
+
+
+def _top(response: Response) -> list[tuple[int, float]]:
+    """The likeliest tokens and their log-probabilities, from the top."""
+    top = [(int(row["id"]), float(row["logprob"])) for row in response.top_tokens]
+    return sorted(top, key=lambda row: -row[1])
 
 
 def _is_loopback(host: str) -> bool:
