@@ -439,6 +439,7 @@ def test_hostile_bodies_are_refused_and_disturb_no_stream(client, loaded):
         (b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}", 404),
         (b"GET /page/../../desk.py HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
         (b"GET /v1/models HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403),
+        (b"GET /error HTTP/1.1\r\nHost: host.docker.internal:8080\r\n\r\n", 404),
         (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\n\r\n", 403),
         (b"BREW /coffee HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
         (b"nonsense\r\n\r\n", 400),

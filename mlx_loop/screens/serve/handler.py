@@ -44,6 +44,8 @@ PAGE = {
 # The page loads nothing from elsewhere, and nobody frames it.
 POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
 ANSWERS = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
+# What containers call the machine that they run on.
+DOCKERS = "host.docker.internal"
 GONE = (BrokenPipeError, ConnectionError, TimeoutError)
 
 
@@ -277,7 +279,7 @@ class Handler(APIHandler):
         args = self.desk.cli_args
         host = self.headers.get("Host", "")
         name = urlsplit(f"//{host}").hostname or ""
-        if _is_loopback(args.host) and name and not _is_loopback(name):
+        if _is_loopback(args.host) and name and not (_is_loopback(name) or name == DOCKERS):
             # A name that was made to point here: its pages would count as our own.
             self._refuse(403, f"this server answers to localhost, not to {name}")
             return False
