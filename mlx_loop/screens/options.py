@@ -278,6 +278,11 @@ def read_prompt(prompt: str | None) -> str:
 def add_template_options(parser: argparse._ActionsContainer) -> None:
     """What the chat template is given besides the prompt."""
     add(parser, "--system-prompt", "the system message", str, "TEXT")
+    add_template_config(parser)
+
+
+def add_template_config(parser: argparse._ActionsContainer) -> None:
+    """--chat-template-config."""
     what = "more arguments for the chat template"
     parser.add_argument(
         "--chat-template-config", type=json_object, default={}, metavar="JSON", help=what
@@ -333,6 +338,16 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     add_template_options(group)
 
 
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """What else steers an answer, and ends it."""
+    group = parser.add_argument_group("answer")
+    what = "above 1: make tokens among the latest 20 less likely; mlx-lm's repetition penalty"
+    penalty = number(float, math.nextafter(0, 1), 10, "a number above 0, at most 10")
+    add(group, "--repetition-penalty", what, penalty, "P")
+    what = "tokens that end the answer, beside the model's own; as texts or numbers"
+    add(group, "--extra-eos-token", what, str, "TOKEN", nargs="+")
+
+
 def add_max_tokens(group: argparse._ActionsContainer, default: int | None, more: str = "") -> None:
     """--max-tokens."""
     add(group, "--max-tokens -m", f"the most tokens of an answer{more}", positive, "N", default)
@@ -351,17 +366,39 @@ def sampler_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Sampl
 def generation_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
     """Arguments of `stream_generate` that the options ask for."""
     import mlx.core as mx
+    from mlx_lm.sample_utils import make_logits_processors
 
     draft = draft_from(args, tokenizer)
+    for token in args.extra_eos_token or ():
+        _add_end(tokenizer, token)
+    more: dict[str, Any] = {}
+    if args.repetition_penalty is not None:
+        if args.draft is not None:
+            raise UserError(
+                "--repetition-penalty does not work with --draft: leave one of them out"
+            )
+        processors = make_logits_processors(repetition_penalty=args.repetition_penalty)
+        more["logits_processors"] = processors
     if args.seed is not None:
         mx.random.seed(args.seed)
     return {
         "max_tokens": args.max_tokens,
         "sampler": sampler_from(args, tokenizer),
         "prefill_step_size": prefill_step_from(args),
+        **more,
         **kv_from(args),
         **draft,
     }
+
+
+def _add_end(tokenizer: TokenizerWrapper, token: str) -> None:
+    known = tokenizer.get_vocab()
+    if token not in known and token not in map(str, known.values()):
+        raise UserError(
+            f"--extra-eos-token {token!r} is no token of this model: give one of its tokens, or "
+            "its number"
+        )
+    tokenizer.add_eos_token(token)
 
 
 # --- Cache ---
@@ -371,6 +408,11 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     """Size and precision of the key/value cache, and how the prompt is fed."""
     group = parser.add_argument_group("cache")
     add(group, "--max-kv-size", "keep the first 4 and the latest tokens, N in all", positive, "N")
+    add_kv_options(group)
+
+
+def add_kv_options(group: argparse._ActionsContainer) -> None:
+    """Precision of the key/value cache, and how the prompt is fed."""
     add(group, "--kv-bits", "quantise keys and values", int, choices=(2, 3, 4, 5, 6, 8))
     what = "values that share a scale (default: 64)"
     add(group, "--kv-group-size", what, int, choices=(32, 64, 128))

@@ -53,14 +53,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(group, "--log-level", what, str, default="warning", choices=levels)
     options.add_model_options(parser)
     options.add_loop_options(parser)
-    options.add_sampling_options(parser, max_tokens=512)
-    options.add_cache_options(parser)
+    group = parser.add_argument_group("answers", "What a request does not say.")
+    options.add_max_tokens(group, 512)
+    what = "sampling temperature; 0 is greedy"
+    add(group, "--temp", what, options.temperature, "T", 0.0)
+    options.add_template_config(group)
+    options.add_kv_options(parser.add_argument_group("cache"))
     options.add_draft_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    names = ("max_kv_size", "seed", "system_prompt", "xtc_probability", "xtc_threshold")
-    options.refuse(args, names, "in a server, where requests say such things")
     if args.draft not in (None, *options.DRAFTS):
         raise UserError("a server drafts without a second model: use --draft self or lookup")
     from ..terminal import err
@@ -85,6 +87,7 @@ def open_server(args: argparse.Namespace) -> Server:
     """What the options ask for, listening."""
     from ...checkpoints.memory import limit, weights_bytes
     from ...generation.prompt import check_prompt
+    from ...generation.speculative import NUM_DRAFT_TOKENS
     from ..serve.desk import Desk
     from ..serve.names import Names
     from ..serve.server import Server
@@ -95,31 +98,41 @@ def open_server(args: argparse.Namespace) -> Server:
     model, tokenizer, start = options.load_for_names(args)
     check_prompt(model, [0], model.new_cache(), None, args.kv_bits, args.kv_group_size or 64)
     names = Names(model, args.model, start)
-    settings = {
-        **vars(args),
+    room = max((limit() - weights_bytes(model)) // 2, 1 << 20)
+    settings = argparse.Namespace(
+        host=args.host,
+        api_key=args.api_key or os.environ.get(KEY) or None,
+        allowed_origins=args.allowed_origins,
+        loop_names=args.loop_names,
+        max_context=args.max_context or _own_limit(model),
+        max_request_bytes=args.max_request_bytes,
+        draft=args.draft,
+        # What follows has the names of mlx-lm's server.
+        max_tokens=args.max_tokens,
+        temp=args.temp,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        num_draft_tokens=args.num_draft_tokens or NUM_DRAFT_TOKENS,
+        chat_template_args=args.chat_template_config,
+        prefill_step_size=options.prefill_step_from(args),
+        decode_concurrency=args.decode_concurrency,
+        prompt_concurrency=args.prompt_concurrency,
+        prompt_cache_size=args.prompt_cache_size,
+        prompt_cache_bytes=args.prompt_cache_bytes or room,
         **options.kv_from(args),
-        "temp": args.temp or 0.0,
-        "top_p": 1.0 if args.top_p is None else args.top_p,
-        "top_k": args.top_k or 0,
-        "min_p": args.min_p or 0.0,
-        "num_draft_tokens": args.num_draft_tokens or 8,
-        "prefill_step_size": options.prefill_step_from(args),
-        "api_key": args.api_key or os.environ.get(KEY) or None,
-        "max_context": args.max_context or _own_limit(model),
-        "prompt_cache_bytes": args.prompt_cache_bytes
-        or max((limit() - weights_bytes(model)) // 2, 1 << 20),
-        "chat_template_args": args.chat_template_config,
-        # Of mlx-lm's server, which loads models itself; here one is loaded already.
-        "model": names.name,
-        "adapter_path": None,
-        "draft_model": None,
-        "chat_template": None,
-        "use_default_chat_template": False,
-        "pipeline": False,
-    }
+        # It loads models itself; here one is loaded already.
+        model=names.name,
+        adapter_path=None,
+        draft_model=None,
+        chat_template=None,
+        use_default_chat_template=False,
+        trust_remote_code=False,
+        pipeline=False,
+    )
     for listed in args.loop_names:
         names.view(f"{names.name}:{listed}")
-    return Server(Desk(argparse.Namespace(**settings), names, tokenizer), (args.host, args.port))
+    return Server(Desk(settings, names, tokenizer), (args.host, args.port))
 
 
 def _own_limit(model: Any) -> int:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NoReturn
-
-from transformers import PreTrainedTokenizerBase
 
 from ...errors import UserError
 
 # mlx-lm hands numbers on to arrays, and texts to an automaton.
 LARGEST_NUMBER = 1e9
 MOST_STOPS, LONGEST_STOP = 16, 256
-
-# Of a chat template's arguments those that are not the template's own, but its function's.
-_RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 
 def read(raw: bytes) -> dict[str, Any]:
@@ -35,11 +29,12 @@ def read(raw: bytes) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def check(body: dict[str, Any], vocabulary: int) -> None:
+def check(body: dict[str, Any], vocabulary: int, reserved: Container[str]) -> None:
     """Refuse what mlx-lm would not, and write what it would misread as it reads it.
 
     Args:
         vocabulary: logits of the model.
+        reserved: arguments of a chat template that are the tokenizer's, and not the template's.
 
     Raises:
         UserError: names the field, and says what is allowed.
@@ -69,7 +64,7 @@ def check(body: dict[str, Any], vocabulary: int) -> None:
     if options:
         body["stream_options"] = {"include_usage": bool(options.get("include_usage"))}
     template = body.get("chat_template_kwargs", {})
-    if not isinstance(template, Mapping) or _RESERVED & template.keys():
+    if not isinstance(template, Mapping) or any(name in reserved for name in template):
         raise UserError(
             "chat_template_kwargs must be an object of arguments of the model's own template"
         )

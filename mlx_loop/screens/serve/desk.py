@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from ...generation.sampling import Sampler
 from ...generation.speculative import check_drafts, is_its_own_draft
 from ...method.cache import tokens_seen
 from ...models.looped import Looped
+from ...upstream import hugging_face
 from ...upstream_server import Batch
 from .grammar import Grammars
 from .names import Names
@@ -125,6 +127,8 @@ class Desk:
         view = names.view(names.name)
         # How many logits there are, of which nothing is computed.
         self.vocabulary: int = view.with_loop(None)(mx.zeros((1, 1), mx.int32)).shape[-1]
+        render = hugging_face(tokenizer).apply_chat_template
+        self.reserved = frozenset(inspect.signature(render).parameters)
         self._settings: dict[str, _Setting] = {}
         self._lock = threading.RLock()
 

@@ -133,7 +133,7 @@ class Handler(APIHandler):
 
     def _prepare(self, path: str, body: dict[str, Any]) -> None:
         """Check a request, and hand it on to mlx-lm's handler."""
-        checks.check(body, self.desk.vocabulary)
+        checks.check(body, self.desk.vocabulary, self.desk.reserved)
         (checks.check_prompt if path == "/v1/completions" else checks.check_messages)(body)
         self._view = self.desk.names.view(body.get("model", "default_model"), body.get("loop"))
         self._schema = self.desk.grammars.read(body.get("response_format"))
