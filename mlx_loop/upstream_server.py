@@ -40,10 +40,12 @@ server._make_logits_processors = _processors
 class Batch(server.ResponseGenerator):
     """mlx-lm's queue of requests and the thread that serves them, for one of several settings.
 
+    Not with `mx.distributed`, where all ranks have to do the same work in the same order.
+
     Args:
         provider: the model with its setting.
         kept: caches of earlier prompts.
-        turns: held while the device is given work, so that settings alternate; None: always.
+        turns: held while the device is given work, so that settings alternate.
         admit: called in the thread with a request, its arguments and its tokens; what it raises
             reaches the one who asked.
         stream: answers a request that is served alone, called as mlx-lm's `stream_generate`.
@@ -63,8 +65,7 @@ class Batch(server.ResponseGenerator):
         self._turns, self._admit, self._alone_stream, self._whole = turns, admit, stream, whole
         # The thread starts here, and asks for its budget of time after its first request.
         super().__init__(provider, kept)
-        if not self._is_distributed:
-            self._time_budget = _OneStep(turns)  # type: ignore[assignment]
+        self._time_budget = _OneStep(turns)  # type: ignore[assignment]
 
     def _generate(self) -> None:
         try:

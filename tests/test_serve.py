@@ -254,7 +254,7 @@ def test_settings_take_turns(client):
     began, ended = {}, {}
 
     def read(name):
-        with client.stream({"model": name, "messages": STORY, "max_tokens": 200}) as events:
+        with client.stream({"model": name, "messages": STORY, "max_tokens": 100}) as events:
             for _ in events:
                 ended[name] = time.monotonic()
                 began.setdefault(name, ended[name])

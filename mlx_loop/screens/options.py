@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -147,6 +148,10 @@ def add_trust(group: argparse._ActionsContainer) -> None:
     add(group, "--trust-remote-code", what)
 
 
+# Commands that `mlx.launch` runs on several machines, each of which has a share of the model.
+SEVERAL = ("generate",)
+
+
 def load_from(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
     """The model and tokenizer that the options ask for, with the loop settings they ask for."""
     _given_fields(args)
@@ -169,14 +174,20 @@ def load_for_names(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper, 
 
 
 def _load(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
+    import mlx.core as mx
+
     from ..checkpoints.loading import load
 
+    group = mx.distributed.init()
+    if group.size() > 1 and args.command not in SEVERAL:
+        raise UserError(f"{args.command} runs on one machine: start it without mlx.launch")
     return load(
         args.model,
         dtype=getattr(args, "dtype", None),
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
         force=args.force,
+        group=group,
     )
 
 
@@ -266,6 +277,8 @@ def add_prompt_options(parser: argparse.ArgumentParser, what: str = THE_PROMPT) 
 
 def read_prompt(prompt: str | None) -> str:
     """The prompt of `--prompt`, or standard input for - or nothing."""
+    if prompt in (None, "-") and "MLX_RANK" in os.environ:
+        raise UserError('several machines cannot read one standard input: give --prompt "..."')
     if prompt is None and sys.stdin.isatty():
         raise UserError('there is no prompt: give --prompt "..." or pipe one in')
     text = sys.stdin.read() if prompt in (None, "-") else prompt
@@ -379,8 +392,12 @@ def generation_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> di
             )
         processors = make_logits_processors(repetition_penalty=args.repetition_penalty)
         more["logits_processors"] = processors
-    if args.seed is not None:
-        mx.random.seed(args.seed)
+    seed = args.seed
+    if seed is None and mx.distributed.init().size() > 1:
+        # All machines have to draw the same tokens.
+        seed = int(mx.distributed.all_sum(mx.random.randint(0, 1 << 20)))
+    if seed is not None:
+        mx.random.seed(seed)
     return {
         "max_tokens": args.max_tokens,
         "sampler": sampler_from(args, tokenizer),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from ...errors import INTERRUPTED, UserError
@@ -38,6 +39,9 @@ def run(args: argparse.Namespace) -> int:
     from ...generation.prompt import rest
     from ...generation.prompt_cache import load_prompt_cache
     from ..terminal import err, numbers, out, stream
+
+    # Of several machines the first one speaks.
+    out.quiet = err.quiet = os.environ.get("MLX_RANK", "0") != "0"
 
     if args.prompt_cache_file is not None:
         if args.draft not in (None, *DRAFTS):
@@ -76,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         settings["prefill_step_size"],
         show,
     )
-    if args.json:
+    if args.json and not out.quiet:
         print(json.dumps(_report(args.model, model, answer), ensure_ascii=False))
     else:
         out.print()

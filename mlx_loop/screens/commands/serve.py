@@ -33,8 +33,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(group, "--port", "0: any that is free", port, "N", 8080)
     what = f"what requests must send as a bearer token (default: the variable {KEY}, else nothing)"
     add(group, "--api-key", what, str, "KEY")
-    what = "pages that may ask, as https://chat.example,http://localhost:3000, or *"
-    add(group, "--allowed-origins", what, _words(","), "ORIGINS", [])
+    what = "other sites' pages that may ask, as https://chat.example,http://localhost:3000, or *"
+    add(group, "--allowed-origins", what, _words(","), "ORIGINS")
     what = "settings that /v1/models lists, with spaces between"
     add(group, "--loop-names", what, _words(" "), "NAMES", LOOP_NAMES)
     what = "tokens of a prompt and its answer together (default: the model's own limit)"
@@ -102,7 +102,7 @@ def open_server(args: argparse.Namespace) -> Server:
     settings = argparse.Namespace(
         host=args.host,
         api_key=args.api_key or os.environ.get(KEY) or None,
-        allowed_origins=args.allowed_origins,
+        allowed_origins=args.allowed_origins or [],
         loop_names=args.loop_names,
         max_context=args.max_context or _own_limit(model),
         max_request_bytes=args.max_request_bytes,
