@@ -640,6 +640,17 @@ def test_a_comparison_is_that_of_the_terminal(client, loaded):
     assert len(drift["loops"][0]["residual"]) == 6
 
 
+def test_no_more_is_compared_than_the_memory_holds(client, monkeypatch):
+    wide = {"prompt": "Hi", "settings": ["loops=60 cache=own"], "max_tokens": 2000}
+    monkeypatch.setattr(client.server.desk.cli_args, "prompt_cache_bytes", 10_000_000)
+    status, answer = client.post(wide, "/compare")
+    assert status == 400
+    assert "compare fewer" in answer["error"]
+    monkeypatch.setattr(client.server.comparisons, "running", [None] * 4)
+    status, answer = client.post({**wide, "settings": ["loops=2"]}, "/compare")
+    assert status == 429
+
+
 def test_a_comparison_that_nobody_reads_ends(client):
     body = {"prompt": "Tell me a story.", "settings": ["loops=6"], "max_tokens": 1500}
     with client.stream(body, "/compare") as events:

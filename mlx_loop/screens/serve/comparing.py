@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ...checkpoints.memory import Footprint
 from ...errors import UserError
 from ...generation.prompt import render
 from ...generation.sampling import Sampler
@@ -25,7 +26,7 @@ from .turns import Turns
 
 log = logging.getLogger("mlx_loop.serve")
 
-MOST_COLUMNS = 6
+MOST_COLUMNS, MOST_COMPARISONS = 6, 4
 LONGEST_TRACE = 512
 Event = dict[str, Any]
 # The steps of a comparison, where its events go, and whether nobody reads them any more.
@@ -156,6 +157,12 @@ def asked(desk: Desk, body: dict[str, Any]) -> Comparison:
     if len(tokens) >= most:
         raise UserError(f"the prompt has {len(tokens)} tokens, and {most} is the most here")
     max_tokens = min(max_tokens, most - len(tokens))
+    need = sum(Footprint(view).cache(len(tokens) + max_tokens) for view in views)
+    if need > desk.cli_args.prompt_cache_bytes:
+        raise UserError(
+            f"these settings need caches of {need / 1e9:.2f} GB together, and "
+            f"{desk.cli_args.prompt_cache_bytes / 1e9:.2f} GB is the most here: compare fewer"
+        )
     return Comparison(views, desk.tokenizer, tokens, columns, max_tokens, Sampler(heat), seed)
 
 

@@ -31,7 +31,7 @@ from ...errors import UserError
 from ...models.looped import Looped
 from ...upstream_server import Batch
 from . import checks
-from .comparing import Comparisons, asked
+from .comparing import MOST_COMPARISONS, Comparisons, asked
 from .desk import Busy, Desk
 
 log = logging.getLogger("mlx_loop.serve")
@@ -109,6 +109,8 @@ class Handler(APIHandler):
                 super().do_POST()
         except UserError as error:
             self._refuse(400, str(error))
+        except Busy as error:
+            self._refuse(429, str(error))
         except GONE:
             log.info("the client has gone")
 
@@ -158,9 +160,7 @@ class Handler(APIHandler):
             with self.desk.batch(self._view) as batch, closing(_Answer(self, batch)) as answer:
                 self.response_generator = answer  # type: ignore[assignment]
                 super().handle_completion(request, stop_words)
-        except Busy as error:
-            self._refuse(429, str(error))
-        except GONE:
+        except (Busy, *GONE):
             raise
         except Exception as error:
             log.exception("an answer has failed")
@@ -225,6 +225,8 @@ class Handler(APIHandler):
 
     def _compare(self, body: dict[str, Any]) -> None:
         job = asked(self.desk, body)
+        if len(self.comparisons.running) >= MOST_COMPARISONS:
+            raise Busy(f"{MOST_COMPARISONS} comparisons are under way, the most: ask again later")
         self._set_stream_headers(200)
         self.end_headers()
         for event in self.comparisons.run(job, self.is_gone):
