@@ -647,8 +647,9 @@ def test_no_more_is_compared_than_the_memory_holds(client, monkeypatch):
     assert status == 400
     assert "compare fewer" in answer["error"]
     monkeypatch.setattr(client.server.comparisons, "running", [None] * 4)
-    status, answer = client.post({**wide, "settings": ["loops=2"]}, "/compare")
+    status, answer = client.post({"prompt": "Hi", "settings": ["loops=2"]}, "/compare")
     assert status == 429
+    assert "comparisons are under way" in answer["error"]
 
 
 def test_a_comparison_that_nobody_reads_ends(client):
