@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 USER_ERROR, INTERRUPTED = 2, 130
+# Another one of several machines has gone.
+LOST = 3
 
 
 class UserError(ValueError):

@@ -91,6 +91,11 @@ def model_classes(model_type: str) -> tuple[type, type]:
     return module.Model, module.ModelArgs
 
 
+def hugging_face(tokenizer: Any) -> Any:
+    """The tokenizer of transformers in mlx-lm's wrapper."""
+    return tokenizer._tokenizer
+
+
 # --- Caches ---
 
 BaseCache: type = _need("models.cache:_BaseCache")

@@ -56,6 +56,22 @@ def test_a_prompt_is_answered_on_standard_output_and_numbers_go_elsewhere():
     assert "anchored" in done.stderr
 
 
+def test_an_answer_ends_at_an_extra_token_and_a_penalty_changes_it():
+    story = ["--prompt", "Tell me a story.", "--max-tokens", 60]
+    whole = run("generate", *story).stdout.strip()
+    assert whole.startswith("Once upon a time")
+    ended = run("generate", *story, "--extra-eos-token", "Ġtime", "5").stdout.strip()
+    assert ended == "Once upon a"
+    assert run("generate", *story, "--repetition-penalty", 3).stdout.strip() != whole
+
+
+def test_what_cannot_end_or_steer_an_answer_is_told():
+    said = error("generate", *PROMPT, "--extra-eos-token", "no such token")
+    assert "'no such token' is no token of this model" in said
+    said = error("generate", *PROMPT, "--repetition-penalty", 2, "--draft", "self")
+    assert "does not work with --draft" in said
+
+
 def test_a_prompt_may_come_from_standard_input():
     assert run("generate", stdin="What is 12 + 30?").stdout == run("generate", *PROMPT).stdout
     assert run("generate", "-p", "-", stdin="What is 12 + 30?").stdout

@@ -6,6 +6,7 @@ import argparse
 import io
 import subprocess
 import sys
+from http.server import ThreadingHTTPServer
 
 import pytest
 
@@ -21,6 +22,7 @@ RUNS = {
         "-p hello --max-tokens 2 --prompt-cache-file {cache}",
     ],
     "compare": ["-p hello --max-tokens 2 --loops 2 --json"],
+    "serve": ["--port 0"],
     "trace": ["-p hello --loops 2 --json", "-p hello --loops 2"],
     "sweep": ["--task demo --limit 1 --loops 2 --max-tokens 2 --out {out}"],
     "evaluate": ["--tasks niah_single_1 --lengths 208 --limit 1 --loops 2 --out {out}-study"],
@@ -71,6 +73,7 @@ def test_a_command_reads_every_option_that_it_has(command, places, monkeypatch, 
     monkeypatch.setattr("mlx_loop.checkpoints.whole.check_whole", lambda *_: None)
     monkeypatch.setattr("mlx_loop.checkpoints.card.upload", lambda *_: "page")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(places["folder"]))
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", lambda *_, **__: None)
     read, declared = set(), set()
     for words in RUNS[command]:
         args = vars(build_parser().parse_args([command, *words.format(**places).split()]))

@@ -28,7 +28,8 @@ def modules_of(requirements: Iterable[str]) -> set[str]:
 
 
 NEEDED = modules_of(PROJECT["dependencies"])
-OPTIONAL = modules_of(PROJECT["optional-dependencies"]["eval"])
+EXTRAS = PROJECT["optional-dependencies"]
+OPTIONAL = modules_of(EXTRAS["eval"] + EXTRAS["serve"])
 
 
 def imported(nodes: Iterable[ast.AST]) -> set[str]:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm.utils
 import pytest
 from conftest import relative_error, tokens
+from mlx_lm import server
 from mlx_lm.generate import (
     generate_step,
     maybe_quantize_kv_cache,
     speculative_generate_step,
 )
 from mlx_lm.models import cache as caches
+from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+from transformers import PreTrainedTokenizerBase
 from zoo import build
 
 import mlx_loop
-from mlx_loop import LoopConfig, UserError, upstream
+from mlx_loop import LoopConfig, UserError, upstream, upstream_server
 from mlx_loop.models import get_classes
 
 
@@ -197,3 +202,140 @@ def test_experts_are_called_with_states_and_numbers():
         experts = kind(32, 16, 4)
         assert (experts[first].num_experts, experts[first].output_dims) == (4, 16)
         assert experts(mx.zeros((1, 3, 32)), mx.zeros((1, 3, 2), mx.uint32)).shape == (1, 3, 2, 32)
+
+
+# --- The server ---
+
+
+class OneModel(server.ModelProvider):
+    """The demo model, whatever is asked for."""
+
+    def __init__(self, batches):
+        self.cli_args = argparse.Namespace(
+            adapter_path=None,
+            chat_template=None,
+            chat_template_args={},
+            decode_concurrency=4,
+            draft_model=None,
+            kv_bits=None,
+            kv_group_size=64,
+            model=None,
+            pipeline=False,
+            prefill_step_size=64,
+            prompt_cache_bytes=None,
+            prompt_concurrency=4,
+            quantized_kv_start=0,
+            trust_remote_code=False,
+        )
+        super().__init__(self.cli_args)
+        self.model, self.tokenizer = mlx_loop.load("demo", loop=None)
+        self.model_key, self.is_batchable = ("demo", None, None), batches
+
+    def load_default(self):
+        pass
+
+    def load(self, *_):
+        return self.model, self.tokenizer
+
+
+def asked(batch, **changes):
+    """The tokens of a short answer."""
+    sampling = server.SamplingArguments(0.0, 1.0, 0, 0.0, 0.0, 0.1)
+    penalties = server.LogitsProcessorArguments(None, 0.0, 20, 0.0, 20, 0.0, 20)
+    args = server.GenerationArguments(
+        server.ModelDescription("m", "m", None), sampling, penalties, [], 4, 3, False, 0, None, None
+    )
+    vars(args).update(changes)
+    request = server.CompletionRequest("text", "Once upon a", [], None, None)
+    _, responses = batch.generate(request, args)
+    return [response.token for response in responses]
+
+
+@contextmanager
+def serving(batches, admit=lambda request, args, tokens: None, stream=None, turns=None):
+    batch = upstream_server.Batch(
+        OneModel(batches), LRUPromptCache(), turns or nullcontext(), admit, stream, whole=True
+    )
+    try:
+        yield batch
+    finally:
+        batch.stop_and_join()
+
+
+def test_a_request_is_admitted_with_its_tokens_and_what_that_raises_reaches_who_asked():
+    # _tokenize
+    seen = []
+
+    def admit(request, args, tokens):
+        seen.append(tokens)
+        if len(seen) > 1:
+            raise UserError("no more")
+
+    for batches in (True, False):
+        seen.clear()
+        with serving(batches, admit, upstream_server._stream_generate) as batch:
+            asked(batch)
+            with pytest.raises(UserError, match="no more"):
+                asked(batch)
+            assert batch.is_healthy
+            assert seen[0] == batch.model_provider.tokenizer.encode("Once upon a")
+
+
+@pytest.mark.parametrize("batches", [True, False])
+def test_a_requests_own_processors_see_its_logits(batches):
+    # _make_logits_processors
+    def only(token):
+        return lambda _, logits: mx.where(mx.arange(logits.shape[-1]) == token, logits, -mx.inf)
+
+    with serving(batches, stream=upstream_server._stream_generate) as batch:
+        assert asked(batch, processors=[only(7)]) == [7] * 4
+        assert asked(batch) != [7] * 4
+
+
+def test_a_request_alone_is_answered_by_the_given_stream():
+    # stream_generate, _serve_single
+    asked_for = []
+
+    def stream(**kwargs):
+        asked_for.append(set(kwargs))
+        return upstream_server._stream_generate(**kwargs)
+
+    with serving(False, stream=stream) as batch:
+        asked(batch)
+    (names,) = asked_for
+    assert names == {
+        *("model", "tokenizer", "prompt", "max_tokens", "sampler", "logits_processors", "stream"),
+        *("prompt_cache", "draft_model", "num_draft_tokens", "input_embeddings", "kv_bits"),
+        *("prompt_progress_callback", "prefill_step_size", "kv_group_size", "quantized_kv_start"),
+    }
+
+
+def test_each_step_of_a_batch_has_a_turn():
+    # _time_budget
+    class Turns:
+        taken = held = 0
+
+        def __enter__(self):
+            assert not self.held
+            self.taken, self.held = self.taken + 1, 1
+
+        def __exit__(self, *_):
+            self.held = 0
+
+    turns = Turns()
+    with serving(True, turns=turns) as batch:
+        assert len(asked(batch)) == 4
+    assert turns.taken >= 5
+    assert not turns.held
+
+
+def test_mlx_lms_handler_answers_404_whatever_was_wrong():
+    # handle_completion
+    text = inspect.getsource(server.APIHandler.handle_completion)
+    assert re.search(r"except Exception as e:\n\s+self._set_completion_headers\(404\)", text)
+
+
+def test_the_wrapper_holds_a_tokenizer_of_transformers():
+    # _tokenizer
+    tokenizer = mlx_loop.load("demo")[1]
+    assert isinstance(upstream.hugging_face(tokenizer), PreTrainedTokenizerBase)

@@ -57,6 +57,7 @@ def load(
     force: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[Looped, TokenizerWrapper]:
     """Load a model, looped, and its tokenizer.
 
@@ -78,6 +79,7 @@ def load(
         force: try even what does not fit into memory.
         revision: branch, tag or commit of the repository.
         trust_remote_code: let the tokenizer run code from the checkpoint.
+        group: the machines over which each layer is split (docs/several-macs.md); None: one.
 
     Raises:
         UserError: whatever is wrong with the checkpoint or the settings, in one line.
@@ -95,6 +97,7 @@ def load(
         adapter_path=adapter_path,
         lazy=lazy,
         force=force,
+        group=group,
     )
     return model, tokenizer
 
@@ -127,6 +130,7 @@ def load_model(
     lazy: bool = False,
     force: bool = False,
     revision: str | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> Looped:
     """The model alone, for a checkpoint without a tokenizer. Arguments as in `load`, but
 
@@ -144,6 +148,13 @@ def load_model(
         if dtype is None and needs_float32(model):
             dtype = "float32"
         todo = pieces(model, chosen, None if dtype is None else getattr(mx, dtype))
+        if group is not None and group.size() > 1:
+            if chosen or adapter_path is not None:
+                raise UserError(
+                    "a model over several machines takes neither quantize nor adapters while it is "
+                    "loaded: save it with them first"
+                )
+            split(model, group)
         if not (force or lazy):
             memory.refuse_what_does_not_fit(model, base_model(model) or str(path))
         if chosen:
@@ -155,6 +166,26 @@ def load_model(
         if not lazy:
             mx.eval(model.parameters())
     return model
+
+
+def split(model: Looped, group: mx.distributed.Group) -> None:
+    """Tensor parallelism: leave this rank's share of each layer, still lazy.
+
+    Raises:
+        UserError: mlx-lm does not split this type, or the heads do not divide evenly.
+    """
+    if not hasattr(model, "shard"):
+        raise UserError(
+            f"mlx-lm cannot split models of the type {model.model_type!r} over several machines"
+        )
+    count, args = group.size(), getattr(model, "args", None)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(args, name, None) or 0
+        if heads % count:
+            raise UserError(
+                f"{count} machines cannot share the {heads} {name} of this model evenly"
+            )
+    model.shard(group)
 
 
 def open_checkpoint(path: Path, loop: LoopArgument = "saved") -> Looped:

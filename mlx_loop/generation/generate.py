@@ -130,7 +130,7 @@ def _check_draft(
         )
     for name in ("logits_processors", "input_embeddings"):
         if kwargs.get(name) is not None:
-            raise UserError(f"{name} do not work with a draft: leave one of them out")
+            raise UserError(f"{name} do not work with a draft: use no draft, or leave them out")
     if isinstance(drafter, ModelDraft) and tokens_seen(cache) != len(context):
         raise UserError("a draft model has to read what is in prompt_cache: pass it as context")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -37,6 +38,11 @@ def notes(answer: Answer, base: Answer) -> list[str]:
         if answer.share[1]:
             lines.append(f"{answer.share[0] / answer.share[1]:.0%} of tokens looped")
     return lines
+
+
+def answer_report(answer: Answer, base: Answer) -> dict[str, Any]:
+    """An answer and its numbers, ready for JSON; `base` is the un-looped one."""
+    return {**answer.to_dict(base), "notes": notes(answer, base)}
 
 
 def marked(answer: Answer) -> Text:

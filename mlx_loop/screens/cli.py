@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import NoReturn
 
 from .. import __version__
-from ..errors import INTERRUPTED, USER_ERROR, UserError
+from ..errors import INTERRUPTED, LOST, USER_ERROR, UserError
 from .options import check_idle
 
 # Modules of `commands`, each with a SUMMARY, EXAMPLES, `add_options` and `run`.
@@ -20,6 +20,7 @@ COMMANDS = (
     "chat",
     "generate",
     "compare",
+    "serve",
     "trace",
     "sweep",
     "evaluate",
@@ -92,8 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_idle(args)
         return args.run(args)
     except UserError as error:
-        print(f"mlx_loop {args.command}: error: {error}", file=sys.stderr)
+        _complain(args.command, str(error))
         return USER_ERROR
+    except RuntimeError as error:
+        # What MLX says where one of several machines has gone.
+        if "peer was lost" not in str(error):
+            raise
+        _complain(args.command, "another machine has gone, so this one ends too")
+        return LOST
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
@@ -101,6 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has left; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _complain(command: str, message: str) -> None:
+    # All of several machines find the same mistake, and the first one says so.
+    if os.environ.get("MLX_RANK", "0") == "0":
+        print(f"mlx_loop {command}: error: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ..measure.comparison import Answer, compare, distinct
 from ..measure.names import names
 from ..models.looped import Looped
 from ..settings import LoopConfig
-from .board import Board, notes
+from .board import Board, answer_report
 from .fields import SETTINGS, check_model, check_read, combinations, parse_config, parse_settings
 from .options import from_zero, parse_draft, positive, temperature
 from .session import Command, Row, Session, command, grid, needed, parsed
@@ -148,10 +148,7 @@ class Compare(Session):
             "seed": asked.seed,
             "draft": self.drafts,
             "stopped": stop.is_set(),
-            "answers": [
-                {**answer.to_dict(answers[0]), "notes": notes(answer, answers[0])}
-                for answer in answers
-            ],
+            "answers": [answer_report(answer, answers[0]) for answer in answers],
         }
         self.reports.append(report)
         if self.as_json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -143,6 +144,10 @@ def add_trust(group: argparse._ActionsContainer) -> None:
     add(group, "--trust-remote-code", what)
 
 
+# Commands that `mlx.launch` runs on several machines, each of which has a share of the model.
+SEVERAL = ("generate",)
+
+
 def load_from(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
     """The model and tokenizer that the options ask for, with the loop settings they ask for."""
     _given_fields(args)
@@ -157,15 +162,28 @@ def load_with_start(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper,
     return model, tokenizer, _start(args, model)
 
 
+def load_for_names(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper, LoopConfig]:
+    """As `load_from`, and the settings to which a model's name adds."""
+    given = _given_fields(args)
+    model, tokenizer = load_from(args)
+    return model, tokenizer, replace(_start(args, model), **given)
+
+
 def _load(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
+    import mlx.core as mx
+
     from ..checkpoints.loading import load
 
+    group = mx.distributed.init()
+    if group.size() > 1 and args.command not in SEVERAL:
+        raise UserError(f"{args.command} runs on one machine: start it without mlx.launch")
     return load(
         args.model,
         dtype=args.dtype,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
         force=args.force,
+        group=group,
     )
 
 
@@ -256,6 +274,8 @@ def add_prompt_options(parser: argparse.ArgumentParser, what: str = THE_PROMPT) 
 
 def read_prompt(prompt: str | None) -> str:
     """The prompt of `--prompt`, or standard input for - or nothing."""
+    if prompt in (None, "-") and "MLX_RANK" in os.environ:
+        raise UserError('several machines cannot read one standard input: give --prompt "..."')
     if prompt is None and sys.stdin.isatty():
         raise UserError('there is no prompt: give --prompt "..." or pipe one in')
     text = sys.stdin.read() if prompt in (None, "-") else prompt
@@ -268,6 +288,11 @@ def read_prompt(prompt: str | None) -> str:
 def add_template_options(parser: argparse._ActionsContainer) -> None:
     """What the chat template is given besides the prompt."""
     add(parser, "--system-prompt", "the system message", str, "TEXT")
+    add_template_config(parser)
+
+
+def add_template_config(parser: argparse._ActionsContainer) -> None:
+    """--chat-template-config."""
     what = "more arguments for the chat template"
     parser.add_argument(
         "--chat-template-config", type=json_object, default={}, metavar="JSON", help=what
@@ -324,6 +349,16 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     add_template_options(group)
 
 
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """What else steers an answer, and ends it."""
+    group = parser.add_argument_group("answer")
+    what = "above 1: make tokens among the latest 20 less likely; mlx-lm's repetition penalty"
+    penalty = number(float, math.nextafter(0, 1), 10, "a number above 0, at most 10")
+    add(group, "--repetition-penalty", what, penalty, "P")
+    what = "tokens that end the answer, beside the model's own; as texts or numbers"
+    add(group, "--extra-eos-token", what, str, "TOKEN", nargs="+")
+
+
 def add_max_tokens(group: argparse._ActionsContainer, default: int | None, more: str = "") -> None:
     """--max-tokens."""
     add(group, "--max-tokens -m", f"the most tokens of an answer{more}", positive, "N", default)
@@ -362,17 +397,43 @@ def suggested_sampling(model: Looped) -> dict[str, float]:
 def generation_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
     """Arguments of `stream_generate` that the options ask for."""
     import mlx.core as mx
+    from mlx_lm.sample_utils import make_logits_processors
 
     draft = draft_from(args, tokenizer)
-    if args.seed is not None:
-        mx.random.seed(args.seed)
+    for token in args.extra_eos_token or ():
+        _add_end(tokenizer, token)
+    more: dict[str, Any] = {}
+    if args.repetition_penalty is not None:
+        if args.draft is not None:
+            raise UserError(
+                "--repetition-penalty does not work with --draft: leave one of them out"
+            )
+        processors = make_logits_processors(repetition_penalty=args.repetition_penalty)
+        more["logits_processors"] = processors
+    seed = args.seed
+    if seed is None and mx.distributed.init().size() > 1:
+        # All machines have to draw the same tokens.
+        seed = int(mx.distributed.all_sum(mx.random.randint(0, 1 << 20)))
+    if seed is not None:
+        mx.random.seed(seed)
     return {
         "max_tokens": args.max_tokens,
         "sampler": sampler_from(args, tokenizer),
         "prefill_step_size": prefill_step_from(args),
+        **more,
         **kv_from(args),
         **draft,
     }
+
+
+def _add_end(tokenizer: TokenizerWrapper, token: str) -> None:
+    known = tokenizer.get_vocab()
+    if token not in known and token not in map(str, known.values()):
+        raise UserError(
+            f"--extra-eos-token {token!r} is no token of this model: give one of its tokens, or "
+            "its number"
+        )
+    tokenizer.add_eos_token(token)
 
 
 # --- Cache ---
@@ -382,6 +443,11 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     """Size and precision of the key/value cache, and how the prompt is fed."""
     group = parser.add_argument_group("cache")
     add(group, "--max-kv-size", "keep the first 4 and the latest tokens, N in all", positive, "N")
+    add_kv_options(group)
+
+
+def add_kv_options(group: argparse._ActionsContainer) -> None:
+    """Precision of the key/value cache, and how the prompt is fed."""
     add(group, "--kv-bits", "quantise keys and values", int, choices=(2, 3, 4, 5, 6, 8))
     what = "values that share a scale (default: 64)"
     add(group, "--kv-group-size", what, int, choices=(32, 64, 128))

@@ -21,6 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_model_options(parser)
     options.add_loop_options(parser)
     options.add_sampling_options(parser, max_tokens=512)
+    options.add_answer_options(parser)
     options.add_cache_options(parser)
     options.add_draft_options(parser)
 

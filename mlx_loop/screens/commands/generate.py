@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from ...errors import INTERRUPTED, UserError
@@ -28,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_model_options(parser)
     options.add_loop_options(parser)
     options.add_sampling_options(parser, max_tokens=256)
+    options.add_answer_options(parser)
     options.add_cache_options(parser)
     options.add_draft_options(parser)
 
@@ -37,6 +39,9 @@ def run(args: argparse.Namespace) -> int:
     from ...generation.prompt import rest
     from ...generation.prompt_cache import load_prompt_cache
     from ..terminal import err, numbers, out, stream
+
+    # Of several machines the first one speaks.
+    out.quiet = err.quiet = os.environ.get("MLX_RANK", "0") != "0"
 
     if args.prompt_cache_file is not None:
         if args.draft not in (None, *DRAFTS):
@@ -75,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         settings["prefill_step_size"],
         show,
     )
-    if args.json:
+    if args.json and not out.quiet:
         print(json.dumps(_report(args.model, model, answer), ensure_ascii=False))
     else:
         out.print()

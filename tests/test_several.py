@@ -1,0 +1,136 @@
+"""Models split over several processes, which a ring on this machine connects."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import make
+
+from mlx_loop import UserError
+from mlx_loop.checkpoints.loading import split
+
+HERE = Path(__file__).parent
+# Run by each process: the largest difference to the whole model, by model and setting.
+LOGITS = """
+import json, sys
+import mlx.core as mx
+from conftest import make, relative_error
+from mlx_loop import LoopConfig
+from mlx_loop.checkpoints.loading import split
+
+group = mx.distributed.init()
+found = {}
+for name in sys.argv[1:]:
+    mx.random.seed(0)  # Biases are drawn before `make` seeds.
+    model = make(name, num_key_value_heads=4)
+    settings = [None] + [LoopConfig(loops=3, cache=c) for c in ("first", "last", "own")]
+
+    def logits(loop):
+        view = model.with_loop(loop)
+        cache = view.new_cache()
+        parts = [view(mx.array([t]), cache=cache) for t in ([5, 6, 7, 8, 9], [10], [11])]
+        out = mx.concatenate(parts, axis=1)
+        mx.eval(out)
+        return out
+
+    whole = [logits(loop) for loop in settings]
+    split(model, group)
+    found[name] = max(relative_error(logits(s), w) for s, w in zip(settings, whole))
+if group.rank() == 0:
+    print(json.dumps(found))
+"""
+STORY = "Tell me a story about a small dog."
+
+
+def ports(count):
+    """Some that are free."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    found = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return found
+
+
+def start(count, folder, *words):
+    """`count` processes in a ring, all started with the same words."""
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(count)]))
+    places = os.pathsep.join([str(HERE), str(HERE.parent)])
+    return [
+        subprocess.Popen(
+            [sys.executable, *words],
+            env={**os.environ, "PYTHONPATH": places, "MLX_RANK": str(rank), "MLX_HOSTFILE": hosts},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def ended(processes):
+    """What each has written, (standard output, standard error)."""
+    return [process.communicate(timeout=120) for process in processes]
+
+
+def test_a_split_model_has_the_logits_of_the_whole(tmp_path):
+    names = ["qwen3", "qwen3_moe", "gpt_oss", "deepseek_v3"]
+    processes = start(2, tmp_path, "-c", LOGITS, *names)
+    (out, err), *_ = ended(processes)
+    assert [process.returncode for process in processes] == [0, 0], err
+    found = json.loads(out)
+    assert found.keys() == set(names)
+    assert max(found.values()) < 1e-4, found
+
+
+def test_two_processes_give_the_answer_of_one_and_the_first_speaks(tmp_path):
+    words = ["-m", "mlx_loop", "generate", "--prompt", STORY, "--loops", "4", "--max-tokens", "40"]
+    alone = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=120, check=True
+    )
+    first, second = ended(start(2, tmp_path, *words))
+    assert first[0] == alone.stdout
+    assert "tokens/s" in first[1]
+    assert second == ("", "")
+
+
+def test_a_process_that_is_killed_ends_the_other_with_one_line(tmp_path):
+    words = ["-m", "mlx_loop", "generate", "--prompt", STORY, "--loops", "60", "--max-tokens", "60"]
+    first, second = start(2, tmp_path, *words)
+    assert first.stdout.read(1) == "O"
+    second.send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    _, err = first.communicate(timeout=60)
+    second.communicate()
+    assert time.monotonic() - began < 30
+    assert first.returncode == 3
+    said = [line for line in err.splitlines() if not line.startswith("[ring]")]
+    assert said == ["mlx_loop generate: error: another machine has gone, so this one ends too"]
+
+
+def test_what_does_not_run_on_several_is_refused(tmp_path):
+    processes = start(2, tmp_path, "-m", "mlx_loop", "chat")
+    (_, first), (_, second) = ended(processes)
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "chat runs on one machine" in first
+    assert first.count("\n") == 1
+    assert second == ""
+
+
+def test_a_model_that_cannot_be_split_evenly_is_refused(model):
+    class Three:
+        def size(self):
+            return 3
+
+    with pytest.raises(UserError, match="3 machines cannot share the 4 num_attention_heads"):
+        split(model, Three())
+    with pytest.raises(UserError, match="cannot split models of the type 'mixtral'"):
+        split(make("mixtral"), Three())
