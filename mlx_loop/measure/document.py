@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..foreign import in_markdown, visible
+
 
 @dataclass(frozen=True)
 class Paragraph:
@@ -36,13 +38,18 @@ def markdown(blocks: Sequence[Block]) -> str:
     out = []
     for block in blocks:
         if isinstance(block, Paragraph):
-            out.append(f"{'#' * block.heading} {block.text}".strip())
+            out.append(f"{'#' * block.heading} {in_markdown(block.text)}".strip())
         elif isinstance(block, Picture):
             out.append(f"![{block.title}]({block.path.name})")
         else:
             lines = [block.header, ["---"] * len(block.header), *block.rows]
-            out.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            rows = (" | ".join(map(_cell, line)) for line in lines)
+            out.append("\n".join(f"| {row} |" for row in rows))
     return "\n\n".join(out) + "\n"
+
+
+def _cell(text: str) -> str:
+    return in_markdown(" ".join(text.split()))
 
 
 STYLE = """
@@ -61,24 +68,28 @@ def page(title: str, blocks: Sequence[Block]) -> str:
     for block in blocks:
         if isinstance(block, Paragraph):
             tag = f"h{block.heading}" if block.heading else "p"
-            body.append(f"<{tag}>{html.escape(block.text)}</{tag}>")
+            body.append(f"<{tag}>{_html(block.text)}</{tag}>")
         elif isinstance(block, Picture):
             body.append(
                 f'<picture><source srcset="{_inline(block.dark)}" '
                 f'media="(prefers-color-scheme: dark)"><img src="{_inline(block.path)}" '
-                f'alt="{html.escape(block.title)}"></picture>'
+                f'alt="{_html(block.title)}"></picture>'
             )
         else:
-            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
+            head = "".join(f"<th>{_html(cell)}</th>" for cell in block.header)
             lines = [
-                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+                "<tr>" + "".join(f"<td>{_html(cell)}</td>" for cell in row) + "</tr>"
                 for row in block.rows
             ]
             body.append(f"<table><tr>{head}</tr>\n" + "\n".join(lines) + "</table>")
     return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}'
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{_html(title)}'
         f"</title>\n<style>{STYLE}</style>\n" + "\n".join(body) + "\n</html>\n"
     )
+
+
+def _html(text: str) -> str:
+    return html.escape(visible(text))
 
 
 def _inline(path: Path) -> str:

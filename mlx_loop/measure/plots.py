@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import whole_file
+from ..files import check_file, whole_file
+from ..foreign import visible
 from ..settings import interval, pairs
 from .names import names
 from .outcome import Outcome, Scores, outcomes
@@ -20,6 +22,25 @@ _DARK = {"figure.facecolor": "#0d1117", "axes.facecolor": "#0d1117", "text": "#e
 _LIGHT = {"figure.facecolor": "white", "axes.facecolor": "white", "text": "#1f2328"}
 
 
+def check(path: Path, overwrite: bool = True) -> Path:
+    """The name of the picture for dark pages, `...-dark`.
+
+    Raises:
+        UserError: matplotlib is missing, or `path` is not a name that a picture can have.
+    """
+    if find_spec("matplotlib") is None:
+        raise UserError(
+            "pictures need matplotlib: install mlx-loop with its eval extra, pip install "
+            "'mlx-loop[eval]'"
+        )
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"{path} is not a picture's name: end it in .png, .svg or .pdf")
+    dark = path.with_stem(f"{path.stem}-dark")
+    for file in (path, dark):
+        check_file(file, overwrite)
+    return dark
+
+
 def save(path: Path, draw: Callable[[Any], Any], overwrite: bool = True) -> tuple[Path, Path]:
     """Draw for light pages into `path` and for dark ones into a file named `...-dark`.
 
@@ -27,27 +48,25 @@ def save(path: Path, draw: Callable[[Any], Any], overwrite: bool = True) -> tupl
         draw: given matplotlib's pyplot, makes the figure.
 
     Raises:
-        UserError: matplotlib is missing, or the files cannot be written.
+        UserError: as `check`, or the files cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError(
-            "pictures need matplotlib: install mlx-loop with its eval extra, pip install "
-            "'mlx-loop[eval]'"
-        ) from error
+    dark = check(path, overwrite)
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"{path} is not a picture's name: end it in .png, .svg or .pdf")
-    dark = path.with_stem(f"{path.stem}-dark")
     for file, theme in ((path, _LIGHT), (dark, _DARK)):
         with pyplot.rc_context(_settings(theme)), whole_file(file, overwrite) as scratch:
             figure = draw(pyplot)
             figure.savefig(scratch, dpi=150)
             pyplot.close(figure)
     return path, dark
+
+
+def words(text: str) -> str:
+    """A text as it stands in a picture, where `$` would begin a formula."""
+    return visible(text).replace("$", r"\$")
 
 
 def _settings(theme: dict[str, str]) -> Any:
@@ -107,7 +126,7 @@ def draw_accuracy(scores: Scores, pyplot: Any) -> Any:
     axes.set_xticks(sorted({_loops(outcome) for outcome in found[1:]}))
     axes.set(xlabel="loops K", ylabel="score, %, 95 % interval", ylim=(-2, 102))
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title(f"{scores.header['model']}, {len(scores.problems)} problems")
+    axes.set_title(f"{words(str(scores.header['model']))}, {len(scores.problems)} problems")
     return figure
 
 
@@ -180,7 +199,7 @@ def draw_windows(found: Sequence[Outcome], title: str, pyplot: Any) -> Any:
     axes[0, 0].set_ylabel("window")
     axes[1, 0].set_ylabel(f"change, {unit}, 95 % interval")
     figure.colorbar(image, ax=axes[0, :].tolist(), label=f"change, {unit}")
-    figure.suptitle(f"{title} against no looping (* distinguishable)")
+    figure.suptitle(f"{words(title)} against no looping (* distinguishable)")
     return figure
 
 

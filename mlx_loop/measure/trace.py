@@ -21,6 +21,7 @@ from ..models.together import logits
 from ..settings import Guard, LoopConfig
 from .comparison import CHUNK, kl
 
+VERDICTS = ("no verdict", "converging", "drifting", "diverging")
 # Of the verdict. A residual within 5 % of where it began has neither shrunk nor grown.
 SHRUNK, GROWN = 0.95, 1.05
 # Converging is said of nine tokens in ten, or not at all.
@@ -134,7 +135,7 @@ class Trace:
 
 def worst(verdicts: Iterable[str]) -> str:
     """The verdict on all of several."""
-    return max(verdicts, key=("no verdict", "converging", "drifting", "diverging").index)
+    return max(verdicts, key=VERDICTS.index)
 
 
 def trace(model: Looped, tokens: Sequence[int]) -> Trace:

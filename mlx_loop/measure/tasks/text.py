@@ -10,12 +10,13 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ...foreign import read_text
 from ...generation.prompt import encode
 from ...models.looped import Looped
 from ...models.together import logits, states
 from ..comparison import CHUNK, kl
 from ..likelihood import log_probabilities
-from ..results import Row, read_text
+from ..results import Row
 from .task import Found, Task, place, spread
 
 # Tokens of a text that are read at a time; each such piece is an item.
