@@ -77,7 +77,7 @@ def whole_folder(
 
 
 def _link(new: Path, path: Path) -> None:
-    """Give a file its name, which, unlike a renaming, never takes it from one that came meanwhile."""
+    """Give a file its name; unlike renaming, this never takes it from one that came meanwhile."""
     try:
         os.link(new, path)
     except FileExistsError:

@@ -54,6 +54,18 @@ def in_markdown(text: str) -> str:
 # --- Read ---
 
 
+def check_text(text: str) -> None:
+    """Refuse text that is no whole Unicode, as an argument of undecodable bytes is.
+
+    Raises:
+        UserError: it holds half characters.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text is not UTF-8 at character {error.start}") from None
+
+
 def path_of(text: str | Path) -> Path:
     """The file or folder that a person names; `~` is the home folder.
 

@@ -12,6 +12,7 @@ from mlx_lm.utils import compute_bits_per_weight
 
 from .. import __version__
 from ..errors import UserError
+from ..foreign import read_text
 from ..models.looped import Looped
 
 FILE = "README.md"
@@ -82,7 +83,7 @@ def upload(folder: Path, repo: str) -> str:
         UserError: the folder has no card of ours.
     """
     card, name = folder / FILE, re.escape(folder.resolve().name)
-    text = card.read_text() if card.exists() else ""
+    text = read_text(card) if card.exists() else ""
     text, count = re.subn(rf"(?m)^(# |.* --model ){name}(?=\s)", rf"\g<1>{repo}", text)
     if not count:
         raise UserError(f"{folder} has no card of mlx_loop: save or quantise the model first")

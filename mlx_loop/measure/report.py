@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +78,7 @@ def beside(folder: Path) -> dict[str, Scores]:
 
 def _scores(folder: Path, names: Sequence[str]) -> Scores | None:
     """The first of these numbers that a row has, of complete problems; None: there are none."""
-    header = next(parsed(read_text(folder / RESULTS)), None)
+    header: Any = next(parsed(read_text(folder / RESULTS)), {})
     settings: dict[str, ResolvedLoop | None] = {}
     found: dict[str, dict[Problem, float]] = defaultdict(dict)
     for row in read_rows(folder / RESULTS):

@@ -131,7 +131,7 @@ def read_rows(path: Path, *numbers: str) -> list[Row]:
         for row in parsed(read_text(path) if path.exists() else "")
         if isinstance(row, dict)
         and isinstance(row.get("loop", 0), dict | None)
-        and all(map(is_number, map(row.get, numbers)))
+        and all(isinstance(row.get(name), int | float) for name in numbers)
     ]
 
 

@@ -171,10 +171,10 @@ def examples(
         study.prefill_step_size,
     )
     if path.exists():
-        header, *lines = parsed(read_text(path)) or [None]
+        header, *lines = [*parsed(read_text(path))] or [None]
         check_header(path, header, study.header())
         with suppress(TypeError):
-            found = [ruler.Example(**line) for line in lines]
+            found = [ruler.Example(**line) for line in lines]  # type: ignore[arg-type]
             wanted = [(*cell, index) for cell in study.cells() for index in range(study.limit)]
             if wanted == [(e.task, e.length, e.index) for e in found]:
                 return task.of(found)

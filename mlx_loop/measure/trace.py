@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..errors import UserError
+from ..generation.prompt import check_tokens
 from ..method.routing import expert_changes
 from ..models.looped import Looped
 from ..models.together import logits
@@ -148,6 +149,7 @@ def trace(model: Looped, tokens: Sequence[int]) -> Trace:
         raise UserError("looping is off, so there is nothing to trace: give --loops 2 or more")
     if not tokens:
         raise UserError("the prompt is empty: give at least one token")
+    check_tokens(model, tokens)
     seen: list[tuple[Sequence[int], Sequence[tuple[mx.array, mx.array]], mx.array]] = []
     view = model.with_loop(model.loop)
     view.observer = lambda *loop: seen.append(loop)

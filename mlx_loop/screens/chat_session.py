@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
-from rich.markup import escape
+from rich.text import Text
 
 from ..checkpoints.loading import saved_loop
-from ..errors import UserError
 from ..files import whole_file
+from ..foreign import foreseen, path_of, read_json, to_json, visible
 from ..generation.conversation import Conversation
 from ..settings import LoopConfig
 from .fields import check_read, parse_setting
 from .options import parse_draft
 from .session import Row, Session, command, grid, needed
-from .terminal import describe, extra_cost, numbers, out, stream
+from .terminal import describe, err, extra_cost, numbers, out, stream
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Chat(Session):
     name = "chat"
 
     def about(self) -> list[Row]:
-        return [("model", f"[bold]{escape(self.title)}[/bold]"), *self._loop_rows()]
+        return [("model", Text(visible(self.title), "bold")), *self._loop_rows()]
 
     def answer(self, text: str) -> bool:
         """Stream the answer to `text`, then one line of numbers."""
@@ -86,9 +85,9 @@ class Chat(Session):
     def info(self, _: str) -> None:
         model, talk = self.conversation.model, self.conversation
         rows = [
-            ("model", f"{escape(self.title)} ({model.model_type}, {len(model.layers)} layers)"),
+            ("model", f"{self.title} ({model.model_type}, {len(model.layers)} layers)"),
             *self._loop_rows(),
-            ("system", escape(talk.system or "none")),
+            ("system", talk.system or "none"),
             ("conversation", f"{len(talk.messages)} messages"),
             ("cache", talk.cache_summary()),
         ]
@@ -98,6 +97,7 @@ class Chat(Session):
     def system(self, argument: str) -> None:
         self.conversation.system = argument or None
         out.print("system message set" if argument else "no system message", style="dim")
+        self.tell_of_system()
 
     @command("", "forget the conversation")
     def reset(self, _: str) -> None:
@@ -106,7 +106,7 @@ class Chat(Session):
 
     @command("FILE", "write the conversation as JSON")
     def save(self, argument: str) -> None:
-        path = Path(needed(argument, "/save talk.json")).expanduser()
+        path = path_of(needed(argument, "/save talk.json"))
         loop = self.conversation.loop
         messages = self.conversation.messages
         data = {
@@ -116,23 +116,36 @@ class Chat(Session):
             "messages": messages,
         }
         with whole_file(path) as file:
-            file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-        out.print(f"{len(messages)} messages saved to {path}", style="dim", markup=False)
+            file.write_bytes(f"{to_json(data, indent=2)}\n".encode())
+        out.print(f"{len(messages)} messages saved to {path}", style="dim")
 
     @command("FILE", "go on with a saved conversation")
     def load(self, argument: str) -> None:
-        path = Path(needed(argument, "/load talk.json")).expanduser()
-        try:
-            data = json.loads(path.read_text())
+        path = path_of(needed(argument, "/load talk.json"))
+        with foreseen(f"{path} is not a conversation that /save wrote"):
+            data = read_json(path)
             messages = [{"role": m["role"], "content": m["content"]} for m in data["messages"]]
             system, loop = data["system"], data["loop"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a conversation that /save wrote: {error}") from error
+            texts = [system or "", *chain(*(message.values() for message in messages))]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("a message is no text")
+        talk = replace(self.conversation, system=system, messages=messages)
+        if messages:
+            talk.check_messages()
         self.conversation.loop = None if loop is None else LoopConfig.from_dict(loop)
         self.conversation.reset()
         self.conversation.system, self.conversation.messages = system, messages
-        out.print(f"{len(messages)} messages loaded from {path}", style="dim", markup=False)
+        out.print(f"{len(messages)} messages loaded from {path}", style="dim")
         self._show_loop()
+
+    def tell_of_system(self) -> None:
+        """Say where the system message stands, if that is not where it should."""
+        if self.conversation.system_stands_first:
+            err.print(
+                "this model's chat template takes no system message: it is put before the first "
+                "question instead",
+                style="yellow",
+            )
 
     def _looped(self) -> LoopConfig:
         saved = saved_loop(self.conversation.model)

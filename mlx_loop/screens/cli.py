@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
-from ..errors import INTERRUPTED, USER_ERROR, UserError
+from ..errors import INTERRUPTED, UNREAD, USER_ERROR, UserError
+from ..foreign import one_line
 from .options import check_idle
 
 # Modules of `commands`, each with a SUMMARY, EXAMPLES, `add_options` and `run`.
@@ -30,7 +35,7 @@ COMMANDS = (
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(USER_ERROR, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,21 +62,76 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 2 for a mistake of the user, 130 for Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    """Run a command.
+
+    The exit status is 2 for a mistake of the user or a failing disk, 130 for Ctrl-C, 141 where
+    nobody reads the output; another signal that ends the program is a SystemExit of 128 and more.
+    """
+    name = "mlx_loop"
     try:
-        check_idle(args)
-        return args.run(args)
-    except UserError as error:
-        print(f"mlx_loop {args.command}: error: {error}", file=sys.stderr)
+        with _ended_by_signals():
+            _open_streams()
+            args = build_parser().parse_args(argv)
+            name = f"mlx_loop {args.command}"
+            check_idle(args)
+            status = args.run(args)
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:
+        _drop_output()
+        return UNREAD
+    except (UserError, OSError, MemoryError) as error:
+        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+        _drop_output()
         return USER_ERROR
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output has left; Python would complain once more at exit.
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Whoever ends the program ends it as Ctrl-C does: screens are restored, files are whole."""
+
+    def end(signum: int, frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _open_streams() -> None:
+    """What is closed is opened, or the next file would be taken for it; all of it is UTF-8."""
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for name in closed:
+        # The lowest number that is free, and so the one that was closed.
+        handle = os.open(os.devnull, os.O_RDWR)
+        setattr(sys, name, open(handle, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, _SHOWN), (sys.stderr, _SHOWN)):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8" if stream is sys.stdin else None, errors=errors)
+    if "stdout" in closed:
+        raise UserError("standard output is closed: the answer has nowhere to go")
+
+
+# What an encoding lacks does not stop an answer.
+_SHOWN = "backslashreplace"
+
+
+def _drop_output() -> None:
+    """Forget what could not be written; Python would complain once more at exit."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 if __name__ == "__main__":

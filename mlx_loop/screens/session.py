@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import INTERRUPTED, USER_ERROR, UserError
+from ..foreign import foreseen, one_line
 from .prompt_line import piped_lines, typed_lines
 from .terminal import err, is_interactive, out
 
-Row = tuple[str, ...]
+Row = tuple[str | Text, ...]
 
 
 class Command(NamedTuple):
@@ -55,7 +56,7 @@ class Session:
         """Answer all that is typed or piped; the exit status."""
         interactive = is_interactive()
         if interactive:
-            keys = "[dim]/help for commands, Ctrl-C stops an answer, Ctrl-D leaves[/dim]"
+            keys = Text("/help for commands, Ctrl-C stops an answer, Ctrl-D leaves", "dim")
             title = f"mlx_loop {self.name}"
             rows = grid([*self.about(), ("", keys)])
             out.print(Panel(rows, title=title, title_align="left", expand=False))
@@ -67,7 +68,7 @@ class Session:
                 elif not self.answer(line) and not interactive:
                     return INTERRUPTED
             except UserError as error:
-                err.print(f"{error}", style="red", markup=False)
+                err.print(one_line(error), style="red")
                 if not interactive:
                     return USER_ERROR
         return 0
@@ -79,7 +80,8 @@ class Session:
             return False
         if word not in self.commands():
             raise UserError(f"unknown command /{word}; /help lists the commands")
-        self.commands()[word].run(self, argument.strip())
+        with foreseen(f"/{word}"):
+            self.commands()[word].run(self, argument.strip())
         return True
 
     def commands(self) -> Mapping[str, Command]:
@@ -90,12 +92,12 @@ class Session:
     @command("", "this list")
     def help(self, _: str) -> None:
         rows = [
-            (f"[bold]/{word}[/bold] {escape(command.argument)}", command.help)
+            (Text.assemble((f"/{word}", "bold"), f" {command.argument}"), command.help)
             for word, command in self.commands().items()
             if command.help
         ]
-        leave = ("[bold]/quit[/bold]", "leave, as Ctrl-D does")
-        keys = ("[dim]Alt-Enter[/dim]", "[dim]a new line; so does \\ at the end of one[/dim]")
+        leave = (Text("/quit", "bold"), "leave, as Ctrl-D does")
+        keys = (Text("Alt-Enter", "dim"), Text("a new line; so does \\ at the end of one", "dim"))
         out.print(grid([*rows, leave, *self.hints, keys]))
 
 

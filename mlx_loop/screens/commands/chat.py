@@ -28,9 +28,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ...generation.conversation import Conversation
     from ..chat_session import Chat
-    from ..terminal import err
+    from ..terminal import busy
 
-    with err.status(f"loading {args.model}"):
+    with busy("loading", args.model):
         model, tokenizer = load_from(args)
         generation = generation_from(args, tokenizer)
     conversation = Conversation(
@@ -40,4 +40,6 @@ def run(args: argparse.Namespace) -> int:
         max_kv_size=args.max_kv_size,
         template=args.chat_template_config,
     )
-    return Chat(conversation, args.model, generation).serve()
+    chat = Chat(conversation, args.model, generation)
+    chat.tell_of_system()
+    return chat.serve()

@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import INTERRUPTED, UserError
+from ...files import check_file
+from ...foreign import path_of
 from ...settings import LoopConfig
 from .. import options
 from ..options import add, positive
@@ -64,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ...measure.outcome import best, conclusion, held_out, outcomes, said_held_out
-    from ...measure.plots import draw_windows, save
+    from ...measure.plots import check, draw_windows, save
     from ...measure.results import Results, fingerprint
     from ...measure.study import complete, gather
     from ...measure.tasks import FROM_FILES, joined, named, split_name, split_names
@@ -83,11 +84,15 @@ def run(args: argparse.Namespace) -> int:
         options.refuse(args, options.OF_ANSWERS, "with a text, all of which loops as a prompt does")
     if args.best and kind.no_choice:
         raise UserError(f"--best needs a --task: {kind.no_choice}")
-    paths = [Path(split_name(name)[1]).expanduser() for name in names]
+    paths = [path_of(split_name(name)[1]) for name in names]
     paths = [QUESTIONS] if args.task == "demo" else paths
     asked = {name: getattr(args, option) for name, option in ASKED.items() if name in kind.reads}
     asked = {name: value for name, value in asked.items() if value is not None}
     data = [fingerprint(path) for path in paths]
+    out_file = path_of(args.out)
+    check_file(out_file)
+    if args.plot is not None:
+        check(path_of(args.plot))
     views, tokenizer = load_views(args, DEFAULT_AXES)
     tasks = [kind.read(path, tokenizer, args.limit, **asked) for path in paths]
     task = tasks[0] if len(tasks) == 1 else joined(list(map(named, tasks, names)))
@@ -99,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         **{name: getattr(task, name, None) for name in ASKED if name != "batch"},
         "measure": "task" if kinds == ["questions"] else kinds[0],
     }
-    results = Results.open(Path(args.out).expanduser(), header)
+    results = Results.open(out_file, header)
     with measuring() as (_, measure):
         finished = measure(f"{len(views)} settings", views, tokenizer, task, results)
     items = complete(views, task, results)
@@ -134,8 +139,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         what = "right answers" if task.score == "right" else task.score
         draw = partial(draw_windows, found, f"{args.model}: {what}")
-        files = save(Path(args.plot).expanduser(), draw)
-        err.print(f"drawn in {files[0]} and, for dark pages, {files[1]}", markup=False)
+        files = save(path_of(args.plot), draw)
+        err.print(f"drawn in {files[0]} and, for dark pages, {files[1]}")
     if args.best:
         held = held_out(scores, 0.5)
         for line in said_held_out(held, others, 0.5):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...foreign import path_of, to_json
 from .. import options
 from ..options import OF_ANSWERS, load_from, read_prompt, refuse, render_prompt
 
@@ -42,23 +41,25 @@ COLOURS = {"converging": "green", "drifting": "yellow", "diverging": "red"}
 
 
 def run(args: argparse.Namespace) -> int:
-    from ...measure.plots import save
+    from ...measure.plots import check, save
     from ...measure.trace import trace
-    from ..terminal import err
+    from ..terminal import busy, err
 
     refuse(args, OF_ANSWERS, "in a trace, in which all tokens loop")
+    if args.plot is not None:
+        check(path_of(args.plot))
     prompt = read_prompt(args.prompt)
-    with err.status(f"loading {args.model}"):
+    with busy("loading", args.model):
         model, tokenizer = load_from(args)
-    with err.status("tracing"):
+    with busy("tracing"):
         traced = trace(model, render_prompt(args, tokenizer, prompt))
     if args.json:
-        print(json.dumps(report(args.model, traced, tokenizer), ensure_ascii=False))
+        print(to_json(report(args.model, traced, tokenizer)))
     else:
         show(traced, tokenizer, args.tokens)
     if args.plot is not None:
-        files = save(Path(args.plot).expanduser(), lambda pyplot: draw(pyplot, traced))
-        err.print(f"drawn in {files[0]} and, for dark pages, {files[1]}", markup=False)
+        files = save(path_of(args.plot), lambda pyplot: draw(pyplot, traced))
+        err.print(f"drawn in {files[0]} and, for dark pages, {files[1]}")
     return 0
 
 
@@ -95,6 +96,8 @@ def _jsonable(value: Any) -> Any:
 
 def show(traced: Trace, tokenizer: TokenizerWrapper, tokens: bool) -> None:
     """The means over tokens for each pass, the verdict, and if wanted a line for each token."""
+    from rich.text import Text
+
     from ..terminal import describe, out
 
     out.print(f"loop {describe(traced.loop)}, {len(traced.tokens)} tokens", style="dim")
@@ -107,10 +110,10 @@ def show(traced: Trace, tokenizer: TokenizerWrapper, tokens: bool) -> None:
     for loop in traced.loops:
         where = f"{_where(loop)}: " if len(traced.loops) > 1 else ""
         colour = COLOURS.get(loop.verdict, "dim")
-        out.print(f"{where}[{colour}]{loop.verdict}[/{colour}]: {loop.reason}")
+        out.print(Text.assemble(where, (loop.verdict, colour), f": {loop.reason}"))
     if len(traced.loops) > 1:
         colour = COLOURS.get(traced.verdict, "dim")
-        out.print(f"in all [{colour}]{traced.verdict}[/{colour}]")
+        out.print(Text.assemble("in all ", (traced.verdict, colour)))
 
 
 def _where(loop: Loop) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ...errors import UserError
+from ...foreign import one_line, path_of
 from ..options import add
 
 SUMMARY = "share a saved or quantised model on the Hugging Face hub"
@@ -28,16 +28,15 @@ def run(args: argparse.Namespace) -> int:
     from ...checkpoints.whole import check_whole
     from ..terminal import out
 
-    folder = Path(args.path)
+    folder = path_of(args.path)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give one that mlx_loop has written")
     check_whole(folder, read_config(folder))
     try:
         page = upload(folder, args.upload_repo)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"cannot upload to {args.upload_repo} ({reason}): check the name and run "
+            f"cannot upload to {args.upload_repo} ({one_line(error)}): check the name and run "
             "`hf auth login`"
         ) from error
     out.print(f"{folder} is at {page}")
