@@ -183,6 +183,8 @@ def _load_adapters(path: Path, model: Looped) -> None:
                 f"{path} has adapters of PEFT, which mlx-lm does not read: convert them, or merge "
                 "them into the model"
             )
+        if not (path / "adapters.safetensors").is_file():
+            raise UserError(f"{path} has no adapters.safetensors")
         mlx_lm_utils.load_adapters(model, str(path))
         model.eval()
         evaluate(pieces(model, {}))
@@ -304,6 +306,9 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path} has no config.json: it is not a model's folder")
+    for other in path.iterdir():
+        if other.is_fifo() or other.is_socket():
+            raise UserError(f"{other} is not a file: nothing can be read from it")
     config = read_json(file)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{file} does not name a model_type")

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from ..errors import UserError
 from ..files import check_file, whole_file
-from ..foreign import foreseen, from_json, path_of
+from ..foreign import foreseen, path_of
 from ..method.cache import leaves
 from ..models.looped import Looped
 from ..settings import LoopConfig
@@ -75,7 +75,7 @@ def load_prompt_cache(path: str | Path, model: Looped) -> tuple[list[Any], dict[
         with safe_open(path, "numpy"):  # It looks at the header more closely than MLX.
             pass
         cache, metadata = mlx_lm_load(str(path), return_metadata=True)
-        made_with = from_json(metadata.pop(_KEY, "{}"), "what it was made with")
+        made_with = json.loads(metadata.pop(_KEY, "{}"))
         if made_with.get("model") != _fingerprint(model):
             raise UserError(f"{path} was made with another model, or not by mlx_loop")
     # K = 1 leaves what the un-looped model does.
@@ -130,13 +130,13 @@ def _check_fits(cache: Sequence[Any], model: Looped) -> None:
     """Refuse entries of other kinds than the model's, or of shapes that it cannot go on from."""
     found, own = ({type(leaf).__name__ for leaf in leaves(of)} for of in (cache, model.new_cache()))
     if len(cache) != len(model.layers) or not found <= own | MADE_OF_THEM:
-        raise UserError("its entries are not those of this model")
+        raise ValueError("its entries are not those of this model")
     for leaf in leaves(cache):
         held = getattr(leaf, "keys", None)
         held = held[0] if isinstance(held, list | tuple) else held
         seen = position(leaf)
         if held is not None and seen is not None and type(leaf) is KVCache and seen > held.shape[2]:
-            raise UserError("it says that it holds more than it does")
+            raise ValueError("it says that it holds more than it does")
     # Nothing is computed: shapes alone are tried.
     model.for_prompt(list(cache), 1)(mx.zeros((1, 1), mx.int32), cache=copy.deepcopy(list(cache)))
 

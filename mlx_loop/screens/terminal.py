@@ -37,12 +37,16 @@ PIPE_WIDTH = 10_000
 class Screen(Console):
     """A console that takes no text for markup, and shows controls instead of obeying them."""
 
+    def __init__(self, **options: Any):
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        # Here already, because rich drops some controls silently.
+        return super().render_str(visible(text), **options)
+
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterator[Segment]:
-        if isinstance(renderable, str):
-            # Here already, because rich drops some of them silently.
-            renderable = visible(renderable)
         for segment in super().render(renderable, options):
             shown = segment.control or segment.text.isprintable()
             yield segment if shown else segment._replace(text=visible(segment.text))
@@ -53,7 +57,7 @@ class Screen(Console):
 
 def _console(stderr: bool = False) -> Screen:
     """As wide as the terminal; a file or pipe has no width, so nothing is wrapped there."""
-    console = Screen(stderr=stderr, highlight=False, markup=False, emoji=False)
+    console = Screen(stderr=stderr)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     return console
