@@ -90,7 +90,7 @@ COMMANDS = {
     "compare": ["--prompt", "hello", "--loops", "2", "--max-tokens", "4"],
     "trace": ["--prompt", "hello"],
     "sweep": ["--task", "demo", "--limit", "1", "--loops", "2", "--max-tokens", "4"],
-    "evaluate": ["--tasks", "vt", "--lengths", "224", "--limit", "1", "--loops", "2"],
+    "evaluate": ["--tasks", "niah_single_1", "--lengths", "208", "--limit", "1", "--loops", "2"],
     "cache_prompt": ["--prompt", "hello", "--prompt-cache-file", "c.safetensors"],
     "quantize": ["--mlx-path", "q", "--q-bits", "8"],
     "plan": [],

@@ -71,7 +71,7 @@ def serve() -> None:
     import mlx_lm.generate  # noqa: F401
     import transformers
 
-    import mlx_loop.checkpoints.loading
+    import mlx_loop.checkpoints.loading  # noqa: F401
     from mlx_loop.screens import cli
 
     assert transformers.PreTrainedTokenizerFast  # It is imported when it is asked for.

@@ -85,8 +85,7 @@ def save(
 
     Raises:
         UserError: `path` exists (and not `overwrite`, or it is no checkpoint), the disk is full or
-            not writable, the model was not loaded from a checkpoint, or it has adapters that are not
-            fused.
+            not writable, the model was not loaded from a checkpoint, or its adapters are not fused.
     """
     if model.checkpoint is None:
         raise UserError("only a model that mlx_loop.load or load_model loaded can be saved")

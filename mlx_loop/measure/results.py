@@ -69,8 +69,9 @@ class Results:
 
 
 def _is_result(row: Any) -> bool:
-    item = isinstance(row, dict) and row.get("item")
-    return isinstance(item, str | int) and isinstance(row.get("loop", 0), dict | None)
+    if not isinstance(row, dict) or not isinstance(row.get("loop", 0), dict | None):
+        return False
+    return isinstance(row.get("item"), str | int)
 
 
 def is_number(value: Any) -> bool:

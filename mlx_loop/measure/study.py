@@ -170,8 +170,9 @@ def examples(
         study.batch_size,
         study.prefill_step_size,
     )
-    if path.exists():
-        header, *lines = [*parsed(read_text(path))] or [None]
+    text = read_text(path) if path.exists() else ""
+    if not to_json(study.header()).startswith(text):
+        header, *lines = [*parsed(text)] or [None]
         check_header(path, header, study.header())
         with suppress(TypeError):
             found = [ruler.Example(**line) for line in lines]  # type: ignore[arg-type]

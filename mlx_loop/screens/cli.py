@@ -69,14 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     name = "mlx_loop"
     try:
-        with _ended_by_signals():
+        with _ended_by_signals() as ended:
             _open_streams()
             args = build_parser().parse_args(argv)
             name = f"mlx_loop {args.command}"
             check_idle(args)
             status = args.run(args)
             sys.stdout.flush()
-            return status
+            # A library may have swallowed the SystemExit.
+            return 128 + ended[0] if ended else status
     except BrokenPipeError:
         _drop_output()
         return UNREAD
@@ -90,18 +91,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Whoever ends the program ends it as Ctrl-C does: screens are restored, files are whole."""
+def _ended_by_signals() -> Iterator[list[int]]:
+    """Whoever ends the program ends it as Ctrl-C does: screens are restored, files are whole.
+
+    Yields the signals that have come.
+    """
+    ended: list[int] = []
 
     def end(signum: int, frame: Any) -> None:
+        ended.append(signum)
         raise SystemExit(128 + signum)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield ended
         return
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        yield ended
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
