@@ -33,7 +33,7 @@ PROGRAM = [sys.executable, "-m", "mlx_loop.screens.cli"]
 KILLS = int(os.environ.get("MLX_LOOP_KILLS", 2))  # moments at which each writer is killed
 
 EVIL = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, 0x202E]))
-EVIL += "\x1b]0;title\x07\x1b[2J<script>alert(1)</script>|[bold]x[/bold][/x]"
+EVIL += "\x1b]0;title\x07\x1b[2J<script>alert(1)</script>|[bold]x[/bold][/x]2"
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +76,10 @@ def error(tries, model, *words, command="generate", **more):
 def evil(model):
     """A model that answers `What is 12 + 30?` with all that a terminal obeys."""
     tokenizer = json.loads((model / "tokenizer.json").read_text())
-    evil = {"type": "Replace", "pattern": {"String": "42"}, "content": EVIL}
+    evil = {"type": "Replace", "pattern": {"String": "4"}, "content": EVIL[:-1]}
     tokenizer["decoder"] = {"type": "Sequence", "decoders": [tokenizer["decoder"], evil]}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    row = {"messages": [{"role": "user", "content": "What is 12 + 30?"}], "answer": EVIL.strip()}
+    row = {"messages": [{"role": "user", "content": "What is 12 + 30?"}], "answer": EVIL}
     (model.parent / "q[x]|<b>.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
     return model
 
@@ -87,7 +87,7 @@ def evil(model):
 def test_answers_that_a_terminal_obeys_leave_screens_and_files_clean(tries, evil):
     place, task = evil.parent, "q[x]|<b>.jsonl"
     shown = tries("generate", "--model", evil, *PROMPT, cwd=place).check()
-    assert "\u241b]0;title\u2407\u241b[2J<script>alert(1)</script>|[bold]x[/bold][/x]" in shown.out
+    assert "\u241b]0;title\u2407\u241b[2J<script>alert(1)</script>|[bold]x[/bold][/x]2" in shown.out
     told = tries("generate", "--model", evil, *PROMPT, "--json", cwd=place).check()
     assert json.loads(told.out)["text"] == EVIL
     chat = b"What is 12 + 30?\n/save talk.json\n/load talk.json\n/info\n"
