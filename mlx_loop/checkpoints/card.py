@@ -108,5 +108,5 @@ def _license(model: Looped) -> str | None:
         return None
     try:
         return ModelCard.load(card).data.license
-    except ValueError:  # A card without a header.
+    except Exception:  # A card without a header, or whatever else a README may be.
         return None

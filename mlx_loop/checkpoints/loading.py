@@ -126,7 +126,6 @@ def load_tokenizer(path: Path, settings: dict[str, Any]) -> TokenizerWrapper:
         settings: more settings for it.
     """
     config = read_config(path)
-    get_classes(config)
     # transformers makes up an empty tokenizer where it finds none.
     if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
         raise UserError(f"{path} has no tokenizer files; mlx_loop.load_model needs none")
@@ -197,7 +196,6 @@ def open_checkpoint(path: Path, loop: LoopArgument = "saved") -> Looped:
         UserError: whatever is wrong with the checkpoint or the settings, in one line.
     """
     config = read_config(path)
-    get_classes(config)
     with foreseen(f"cannot load {path}"), ExitStack() as stack:
         stale = checkpoint.check_whole(path, config)
         folder = stack.enter_context(_without(stale, path)) if stale else path
@@ -302,7 +300,11 @@ def find(path_or_hf_repo: str | Path | None, revision: str | None = None) -> Pat
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of the checkpoint in `path`, with the tokens that generation ends at."""
+    """config.json of the checkpoint in `path`, with the tokens that generation ends at.
+
+    Raises:
+        UserError: it is missing or damaged, or of a model that mlx-lm does not run.
+    """
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path} has no config.json: it is not a model's folder")
@@ -313,4 +315,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{file} does not name a model_type")
     with foreseen(f"cannot read {file}, or the generation_config.json beside it"):
-        return mlx_lm_utils.load_config(path)
+        config = mlx_lm_utils.load_config(path)
+        get_classes(config)
+    return config

@@ -122,7 +122,7 @@ class Compare(Session):
         draws = out.is_terminal and not out.is_dumb_terminal and not self.as_json
         answers: list[Answer] = []
         live: Live | None = None
-        drawn = 0.0
+        next_picture = 0.0
         with ExitStack() as stack:
             stop = stack.enter_context(interruptible())
             progress = stack.enter_context(prompt_progress(asked.prefill_step_size, stop))
@@ -134,9 +134,12 @@ class Compare(Session):
                         live = stack.enter_context(
                             Live(console=out, screen=True, auto_refresh=False)
                         )
-                    if live and time.perf_counter() - drawn > SECONDS_BETWEEN_PICTURES:
+                    start = time.perf_counter()
+                    if live and start > next_picture:
                         live.update(Board(answers), refresh=True)
                         drawn = time.perf_counter()
+                        # Huge terminals take their time, but most of it is the answers'.
+                        next_picture = drawn + max(SECONDS_BETWEEN_PICTURES, 5 * (drawn - start))
                     if stop.is_set():
                         stream.close()
             except Interrupted:
