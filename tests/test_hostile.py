@@ -30,7 +30,7 @@ from mlx_loop.screens.cli import main
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="Metal does not survive a fork")
 PROMPT = ["--prompt", "What is 12 + 30?", "--max-tokens", "8"]
 PROGRAM = [sys.executable, "-m", "mlx_loop.screens.cli"]
-KILLS = int(os.environ.get("MLX_LOOP_KILLS", 2))  # moments at which each writer is killed
+KILLS = int(os.environ.get("MLX_LOOP_KILLS", 8))  # moments at which each writer is killed
 
 EVIL = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, 0x202E]))
 EVIL += "\x1b]0;title\x07\x1b[2J<script>alert(1)</script>|[bold]x[/bold][/x]2"
@@ -220,34 +220,31 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_killed_at_any_moment_old_or_new_is_there_whole(tmp_path, name):
+def test_killed_at_any_moment_old_or_new_is_there_whole(tries, tmp_path, name):
     path, old = tmp_path / "path", tmp_path / "old"
     shutil.copytree(DEMOS["demo"], old)
     text = WRITERS[name].format(path=path, old=old)
-    words = [sys.executable, "-c", text] if name == "save" else [*PROGRAM, *text.split()]
-    start = time.perf_counter()
-    subprocess.run(words, check=True, capture_output=True)
-    took = time.perf_counter() - start
-    whole = {p.name: p.read_bytes() for p in path.iterdir()} if name == "evaluate" else {}
-    rng = random.Random(name)
-    if name == "evaluate":
-        shutil.rmtree(path)
-    for _ in range(KILLS):
-        run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            # Importing writes nothing, so that most moments are in the second half.
-            run.wait(timeout=took * rng.triangular(0.3, 1.1, 0.9))
-        except subprocess.TimeoutExpired:
-            run.kill()
-            run.wait()
+    words = ["-c", text] if name == "save" else text.split()
+    rng, took, killed = random.Random(name), 0.0, 0
+    whole: dict[str, bytes] = {}
+    while killed < KILLS:
+        start = time.perf_counter()
+        done = tries(*words, cwd=tmp_path, limit=took * rng.uniform(0.2, 1) or 60)
         if name != "evaluate":
-            mlx_loop.load_model(path)
-            left = {p.name for p in tmp_path.iterdir()}
-            assert left <= {"path", "old", ".path.part"}
-    subprocess.run(words, check=True, capture_output=True)
+            mlx_loop.load_model(path)  # It is whole.
+        killed += done.status is None
+        if done.status is not None:
+            assert done.check().status == 0
+            assert {p.name for p in tmp_path.iterdir()} == {"path", "old"}
+            took = took or time.perf_counter() - start
+        if done.status == 0 and name == "evaluate":
+            kept = ("results.jsonl", "examples.jsonl", "drift.jsonl")
+            found = {file: (path / file).read_bytes() for file in kept}
+            whole = whole or found
+            assert found == whole
+            shutil.rmtree(path)
+    assert tries(*words, cwd=tmp_path).status == 0
     assert {p.name for p in tmp_path.iterdir()} == {"path", "old"}
-    for file in ("results.jsonl", "examples.jsonl", "drift.jsonl") if whole else ():
-        assert (path / file).read_bytes() == whole[file]
 
 
 # --- 3. Silent wrong answers ---

@@ -1,6 +1,6 @@
-"""Tries of commands, each in a fork of a program that has imported all and computed nothing.
+"""Tries of commands, or `-c` of statements, each in a fork of a program that has imported all.
 
-A fork of a process in which MLX has started hangs, so the one that forks is a program of its own.
+A fork of a process in which MLX has computed hangs, so the one that forks is a program of its own.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _be_the_command(main, argv, files, cwd):
             open(number, "r" if number == 0 else "w", closefd=False)  # noqa: SIM115
             for number in range(3)
         )
-        status = main(argv)
+        status = exec(argv[1], {}) if argv[0] == "-c" else main(argv)
         sys.stdout.flush()
     except SystemExit as error:
         status = error.code
@@ -119,7 +119,10 @@ def _wait(child: int, end: float) -> int | None:
         if found:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
-    os.killpg(child, signal.SIGKILL)
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:  # It has no group of its own yet.
+        os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return None
 
