@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-USER_ERROR, INTERRUPTED = 2, 130
+# Those of a signal are 128 and its number: SIGINT, and SIGPIPE where nobody reads the output.
+USER_ERROR, INTERRUPTED, UNREAD = 2, 130, 141
 # Another one of several machines has gone.
 LOST = 3
 

@@ -160,7 +160,8 @@ def test_questions_of_a_file_stand_beside_other_tasks(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_line_status_2_and_no_study(tmp_path, capsys, options, message):
-    command = f"evaluate --tasks vt --limit 1 --out {tmp_path / 'out'} {options}"
+    tasks = "" if "--tasks" in options else "--tasks vt"
+    command = f"evaluate {tasks} --limit 1 --out {tmp_path / 'out'} {options}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ruler, "example", EXAMPLE)
         try:

@@ -12,6 +12,7 @@ from mlx_lm.utils import compute_bits_per_weight
 
 from .. import __version__
 from ..errors import UserError
+from ..foreign import read_text
 from ..models.looped import Looped
 from .hub import TIMEOUT
 
@@ -88,7 +89,7 @@ def upload(folder: Path, repo: str) -> str:
         UserError: the folder has no card of ours.
     """
     card, name = folder / FILE, re.escape(folder.resolve().name)
-    text = card.read_text() if card.exists() else ""
+    text = read_text(card) if card.exists() else ""
     text, count = re.subn(rf"(?m)^(# |.* --model ){name}(?=\s)", rf"\g<1>{repo}", text)
     if not count:
         raise UserError(f"{folder} has no card of mlx_loop: save or quantise the model first")
@@ -115,7 +116,7 @@ def _published(model: Looped) -> ModelCardData:
             return ModelCard.load(card).data
         if origin:
             return HfApi().model_info(origin, timeout=TIMEOUT).card_data or ModelCardData()
-    except Exception:  # A card without a header; or no network, which raises many kinds.
+    except Exception:  # Whatever a README may be; or no network, which raises many kinds.
         pass
     return ModelCardData()
 

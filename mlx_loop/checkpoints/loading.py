@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import textwrap
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UserError
+from ..foreign import foreseen, path_of, read_json
 from ..models import get_classes
 from ..models.looped import Checkpoint, Looped
 from ..settings import LoopConfig, LoopLike, as_loop
@@ -99,7 +100,28 @@ def load(
         force=force,
         group=group,
     )
+    check_vocabulary(path, model, tokenizer)
     return model, tokenizer
+
+
+def check_vocabulary(path: Path, model: Looped, tokenizer: TokenizerWrapper) -> None:
+    """Refuse a tokenizer with words that the model has no embedding for.
+
+    Tokens that were added to a tokenizer may be beyond it: those of images are in Gemma 3. They are
+    refused when a text has them.
+
+    Raises:
+        UserError: there is such a word.
+    """
+    count, added = model.vocabulary, tokenizer.added_tokens_decoder
+    words = tokenizer.get_vocab().items()
+    beyond = [(token, word) for word, token in words if token >= (count or math.inf)]
+    worst = max((pair for pair in beyond if pair[0] not in added), default=None)
+    if worst is not None:
+        raise UserError(
+            f"{path}: the tokenizer has token {worst[0]}, {worst[1]!r}, and the model knows "
+            f"{count}: they do not belong together"
+        )
 
 
 def load_tokenizer(path: Path, settings: dict[str, Any]) -> TokenizerWrapper:
@@ -109,14 +131,11 @@ def load_tokenizer(path: Path, settings: dict[str, Any]) -> TokenizerWrapper:
         settings: more settings for it.
     """
     config = read_config(path)
-    get_classes(config)
     # transformers makes up an empty tokenizer where it finds none.
     if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
         raise UserError(f"{path} has no tokenizer files; mlx_loop.load_model needs none")
-    try:
+    with foreseen(f"cannot load the tokenizer in {path}"):
         return mlx_lm_utils.load_tokenizer(path, settings, eos_token_ids=config.get("eos_token_id"))
-    except Exception as error:  # transformers raises a different kind for each missing file.
-        raise UserError(f"cannot load the tokenizer in {path}: {_line(error)}") from error
 
 
 def load_model(
@@ -144,7 +163,7 @@ def load_model(
     chosen = {}
     if quantize is not None:
         chosen = quantization_for(model, as_quantization(quantize), calibration)
-    with _one_line(path):
+    with foreseen(f"cannot load {path}"):
         if dtype is None and needs_float32(model):
             dtype = "float32"
         todo = pieces(model, chosen, None if dtype is None else getattr(mx, dtype))
@@ -157,12 +176,12 @@ def load_model(
             split(model, group)
         if not (force or lazy):
             memory.refuse_what_does_not_fit(model, base_model(model) or str(path))
-        if chosen:
+        if chosen or not lazy:
             evaluate(todo)
         del todo
-        if adapter_path is not None:
-            mlx_lm_utils.load_adapters(model, adapter_path)
-            model.eval()
+    if adapter_path is not None:
+        _load_adapters(path_of(adapter_path), model)
+    with foreseen(f"cannot load {path}"):
         if not lazy:
             mx.eval(model.parameters())
     return model
@@ -188,6 +207,21 @@ def split(model: Looped, group: mx.distributed.Group) -> None:
     model.shard(group)
 
 
+def _load_adapters(path: Path, model: Looped) -> None:
+    with foreseen(f"cannot load the adapters in {path}"):
+        config = read_json(path / "adapter_config.json")
+        if "peft_type" in config:
+            raise UserError(
+                f"{path} has adapters of PEFT, which mlx-lm does not read: convert them, or merge "
+                "them into the model"
+            )
+        if not (path / "adapters.safetensors").is_file():
+            raise UserError(f"{path} has no adapters.safetensors")
+        mlx_lm_utils.load_adapters(model, str(path))
+        model.eval()
+        evaluate(pieces(model, {}))
+
+
 def open_checkpoint(path: Path, loop: LoopArgument = "saved") -> Looped:
     """The model in a folder, checked, its weights not yet read.
 
@@ -197,14 +231,27 @@ def open_checkpoint(path: Path, loop: LoopArgument = "saved") -> Looped:
     if loop != "saved":
         loop = as_loop(loop)
     config = read_config(path)
-    get_classes(config)
-    checkpoint.check_whole(path, config)
-    with _one_line(path):
-        loaded, config = mlx_lm_utils.load_model(path, lazy=True, get_model_classes=get_classes)
-    model = cast(Looped, loaded)
-    model.checkpoint = Checkpoint(path, config)
-    model.loop = saved_loop(model) if isinstance(loop, str) else loop
+    with foreseen(f"cannot load {path}"), ExitStack() as stack:
+        stale = checkpoint.check_whole(path, config)
+        folder = stack.enter_context(_without(stale, path)) if stale else path
+        loaded, config = mlx_lm_utils.load_model(folder, lazy=True, get_model_classes=get_classes)
+        model = cast(Looped, loaded)
+        model.checkpoint = Checkpoint(path, config)
+        model.loop = saved_loop(model) if isinstance(loop, str) else loop
+        # Shapes that do not fit are found here: nothing is computed, and no weight is read.
+        plain = model.with_loop(None)
+        plain(mx.zeros((1, 2), mx.int32), cache=plain.new_cache())
     return model
+
+
+@contextmanager
+def _without(stale: list[Path], path: Path) -> Iterator[Path]:
+    """The folder without files that mlx-lm, which knows no index, would read too."""
+    with TemporaryDirectory(prefix="mlx_loop.") as name:
+        for file in path.iterdir():
+            if file not in stale:
+                (Path(name) / file.name).symlink_to(file.resolve())
+        yield Path(name)
 
 
 def quantization_for(
@@ -247,16 +294,6 @@ def needs_float32(model: Looped) -> bool:
     return has_experts and mx.default_device() == mx.cpu
 
 
-@contextmanager
-def _one_line(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"cannot load {path}: {_line(error)}") from error
-
-
 def saved_loop(model: Looped) -> LoopConfig | None:
     """The settings stored with the model's checkpoint; empty ones where nothing is stored.
 
@@ -277,7 +314,7 @@ def find(path_or_hf_repo: str | Path | None, revision: str | None = None) -> Pat
     name = "demo" if path_or_hf_repo is None else str(path_or_hf_repo)
     if name in DEMOS:
         return DEMOS[name]
-    path = Path(name).expanduser()
+    path = path_of(name)
     if path.is_dir():
         return path
     if path.exists():
@@ -294,18 +331,21 @@ def find(path_or_hf_repo: str | Path | None, revision: str | None = None) -> Pat
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of the checkpoint in `path`, with the tokens that generation ends at."""
-    try:
+    """config.json of the checkpoint in `path`, with the tokens that generation ends at.
+
+    Raises:
+        UserError: it is missing or damaged, or of a model that mlx-lm does not run.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError(f"{path} has no config.json: it is not a model's folder")
+    for other in path.iterdir():
+        if other.is_fifo() or other.is_socket():
+            raise UserError(f"{other} is not a file: nothing can be read from it")
+    config = read_json(file)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{file} does not name a model_type")
+    with foreseen(f"cannot read {file}, or the generation_config.json beside it"):
         config = mlx_lm_utils.load_config(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} has no config.json: it is not a model's folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path / 'config.json'} is not valid JSON: {_line(error)}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError(f"{path / 'config.json'} does not name a model_type")
+        get_classes(config)
     return config
-
-
-def _line(error: BaseException) -> str:
-    words = " ".join(str(error).split())
-    return textwrap.shorten(words, 300, placeholder=" ...") if words else repr(error)

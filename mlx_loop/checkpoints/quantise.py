@@ -245,8 +245,10 @@ def pieces(
         if mx.issubdtype(array.dtype, mx.floating):
             # Sums: a fraction of the time of a test of each weight. Down the rows they are twice
             # as fast as along them, but so many float16 numbers may overflow.
-            axis = -1 if array.ndim == 1 or array.dtype == mx.float16 else -2
-            checks.setdefault(owner, []).append(mx.isfinite(array.sum(axis=axis)).all())
+            axis = -1 if array.ndim < 2 or array.dtype == mx.float16 else -2
+            summed = array.astype(mx.float32) if array.ndim < 2 else array
+            total = summed.sum(axis=axis) if array.ndim else summed
+            checks.setdefault(owner, []).append(mx.isfinite(total).all())
     nn.quantize(model, class_predicate=lambda path, _: chosen.get(path, False))
     if dtype is not None:
         model.set_dtype(dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,38 @@ COMPANIONS = (
 )
 
 
+# What else may lie in the folder of one, as libraries, hubs and desktops leave it there.
+_BESIDE = (
+    "config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "README.md",
+    "LICENSE*",
+    "*.jinja",
+    ".gitattributes",
+    ".DS_Store",
+)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Refuse to replace a folder that holds anything but a checkpoint.
+
+    Raises:
+        UserError: it has files of another kind, or no config.json. An empty one is no loss.
+    """
+    known = (*COMPANIONS, *_BESIDE)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder, so it is not replaced: choose another name")
+    names = sorted(file.name + "/" * file.is_dir() for file in folder.iterdir())
+    other = [name for name in names if not any(map(partial(fnmatch, name), known))]
+    if other or (names and "config.json" not in names):
+        what = f"holds {other[0]}" if other else "has no config.json"
+        raise UserError(
+            f"{folder} {what}, so it is no checkpoint and is not replaced: choose another name, or "
+            "empty it first"
+        )
+
+
 def save(
     path: str | Path,
     model: Looped,
@@ -50,8 +84,8 @@ def save(
     hosts that do not know loops load it as the plain model.
 
     Raises:
-        UserError: `path` exists (and not `overwrite`), the disk is full or not writable, the
-            model was not loaded from a checkpoint, or it has adapters that are not fused.
+        UserError: `path` exists (and not `overwrite`, or it is no checkpoint), the disk is full or
+            not writable, the model was not loaded from a checkpoint, or its adapters are not fused.
     """
     if model.checkpoint is None:
         raise UserError("only a model that mlx_loop.load or load_model loaded can be saved")
@@ -59,7 +93,7 @@ def save(
     if any(name.endswith(".lora_a") for name in weights):
         raise UserError("the model has adapters: fuse them into its weights first (mlx_lm.fuse)")
     path = Path(path)
-    with whole_folder(path, overwrite) as folder:
+    with whole_folder(path, overwrite, check_checkpoint) as folder:
         check_space(folder, path, sum(array.nbytes for array in weights.values()))
         mlx_lm_utils.save_model(folder, model)
         generation = model.checkpoint.path / "generation_config.json"
@@ -91,11 +125,11 @@ def quantize(
         progress: called with the bytes written so far, of `memory.weights_bytes(model, chosen)`.
 
     Raises:
-        UserError: `path` exists (and not `overwrite`), the disk is full or not writable, or the
-            weights hold NaN or infinity.
+        UserError: `path` exists (and not `overwrite`, or it is no checkpoint), the disk is full or
+            not writable, or the weights hold NaN or infinity.
     """
     path = Path(path)
-    with whole_folder(path, overwrite) as folder:
+    with whole_folder(path, overwrite, check_checkpoint) as folder:
         size = weights_bytes(model, chosen)
         check_space(folder, path, size)
         groups = shards(pieces(model, chosen), SHARD_BYTES)

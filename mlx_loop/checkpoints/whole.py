@@ -5,58 +5,75 @@ Only headers are read: `mx.load` is lazy, and knows a file that ends too early.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+from safetensors import safe_open
 
 from ..errors import UserError
+from ..foreign import foreseen, read_json
 
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 
 
-def check_whole(path: Path, config: Mapping[str, Any]) -> None:
+def check_whole(path: Path, config: Mapping[str, Any]) -> list[Path]:
     """Refuse a damaged checkpoint with a line that says which file or tensor is wrong.
+
+    Returns:
+        Files of weights that the index does not name, which are of another model.
 
     Raises:
         UserError: no weights, a shard that is missing or cut short, an index that names files
-            outside the folder or tensors that are not there, or a `quantization` section that
-            contradicts itself or the weights.
+            outside the folder or tensors that are not there, more layers than the weights can be
+            of, or a `quantization` section that contradicts itself or the weights.
     """
-    shards = sorted(path.glob("model*.safetensors"))
-    if not shards:
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
         raise UserError(f"{path} has no model*.safetensors: the weights are missing")
     places = _read_index(path / "model.safetensors.index.json")
+    shards = [file for file in files if not places or file.name in places.values()]
     missing = sorted({name for name in places.values() if not (path / name).exists()})
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: download or copy it again")
     tensors: dict[str, mx.array] = {}
     for shard in shards:
-        try:
+        if not shard.is_file():
+            raise UserError(f"{shard} is not a file: download or copy it again")
+        with foreseen(f"{shard} is incomplete or damaged: download or copy it again"):
+            # It knows, as MLX does not, whether the header and the file are of one length.
+            with safe_open(shard, "numpy"):
+                pass
             found = mx.load(str(shard))
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{shard} is incomplete or damaged ({reason}): download or copy it again"
-            ) from error
         for name, place in places.items():
             if place == shard.name and name not in found:
                 raise UserError(f"{shard} lacks {name}, which the index says is there")
         tensors |= cast(dict[str, mx.array], found)
+    _check_counts(path / "config.json", config, tensors)
     _check_quantization(path, config, tensors)
+    return [file for file in files if file not in shards]
+
+
+def _check_counts(file: Path, config: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> None:
+    """Refuse more layers than tensors, and more heads or experts than anything has rows."""
+    widest = max((max(array.shape, default=0) for array in tensors.values()), default=0)
+    most = {"layer": len(tensors), "expert": max(widest, len(tensors)), "head": widest}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _check_counts(file, value, tensors)
+        for word, limit in most.items():
+            if word in name and type(value) is int and value > limit:
+                raise UserError(f"{file}: {name} is {value}, which the weights cannot be of")
 
 
 def _read_index(file: Path) -> dict[str, str]:
     """Tensor name -> file name in the same folder; empty where there is no index."""
     if not file.exists():
         return {}
-    try:
-        places = json.loads(file.read_text())["weight_map"]
+    with foreseen(f"{file} is not a valid index of weights, download it again"):
+        places = read_json(file)["weight_map"]
         names = set(places.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not a valid index of weights: download it again") from error
     for name in names:
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
             raise UserError(f"{file} names {name!r}, which is not a file of the folder: refused")

@@ -22,6 +22,8 @@ from ..method.cache import leaves
 from ..models.looped import Looped
 from ..models.together import states
 from .prefill import PREFILL_STEP, prefill
+from .prompt import check_tokens
+from .sampling import check_finite
 
 
 def answer_batch(
@@ -42,6 +44,7 @@ def answer_batch(
         ends: tokens that end an answer.
         step: prompt tokens processed at a time, those of all rows together.
     """
+    check_tokens(views[0], *prompts)
     uneven = len(set(map(len, prompts))) > 1
     if len(prompts) > 1 and not all(merges(view.new_cache(), uneven) for view in views):
         alone = [list(answer_batch(views, [prompt], ends, max_tokens, step)) for prompt in prompts]
@@ -114,12 +117,15 @@ def _decode(
     answers: list[list[int]] = [[] for _ in range(last.shape[0])]
     running = list(range(len(answers)))
     phased = view.for_prompt(cache, 1)
-    token = _next(phased, last, cache)
+    token, totals = _next(phased, last, cache)
     for fed in range(1, max_tokens + 1):
         # One step ahead, so that the device does not wait while the tokens are looked at.
-        following = _next(phased, token, cache) if fed < max_tokens else token
+        check, following = totals, token
+        if fed < max_tokens:
+            following, totals = _next(phased, token, cache)
         keep = []
         tokens: list[int] = token[:, 0].tolist()  # type: ignore[assignment]
+        check_finite(view.loop, check)
         for i, (row, said) in enumerate(zip(running, tokens, strict=True)):
             if said not in ends:
                 answers[row].append(said)
@@ -138,8 +144,9 @@ def _decode(
     return answers
 
 
-def _next(view: Looped, tokens: mx.array, cache: list[Any]) -> mx.array:
-    """(batch, 1) -> the likeliest next tokens, (batch, 1)."""
-    token = mx.argmax(view(tokens, cache=cache)[:, -1:], axis=-1)
-    mx.async_eval(token)
-    return token
+def _next(view: Looped, tokens: mx.array, cache: list[Any]) -> tuple[mx.array, mx.array]:
+    """(batch, 1) -> the likeliest next tokens, (batch, 1), and what tells whether logits are."""
+    logits = view(tokens, cache=cache)[:, -1:]
+    token, total = mx.argmax(logits, axis=-1), mx.logsumexp(logits, axis=-1)
+    mx.async_eval(token, total)
+    return token, total

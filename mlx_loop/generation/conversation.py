@@ -20,7 +20,7 @@ from ..method.cache import Bookmark, tokens_seen
 from ..models.looped import Looped
 from ..settings import LoopConfig
 from .generate import make_prompt_cache, stream_generate
-from .prompt import render
+from .prompt import render, takes_system
 
 
 class Interrupted(Exception):
@@ -150,8 +150,26 @@ class Conversation:
         size = sum(entry.nbytes for entry in self._cache if not entry.empty())
         return f"{len(self._tokens)} tokens, {size / 1e6:.1f} MB"
 
+    @property
+    def system_stands_first(self) -> bool:
+        """Whether the chat template takes no system message: it then begins the first question."""
+        return bool(self.system) and not takes_system(self.tokenizer, self.template)
+
+    def check_messages(self) -> None:
+        """Refuse messages that the chat template does not take.
+
+        Raises:
+            UserError: they are not those of a conversation that can go on.
+        """
+        self._render([*self.messages, {"role": "user", "content": "?"}])
+
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
-        return render(self.tokenizer, messages, self.system, self.template)
+        system = self.system
+        told = [{**message, "content": _told(message)} for message in messages]
+        if self.system_stands_first:
+            told[0]["content"] = f"{system}\n\n{told[0]['content']}"
+            system = None
+        return render(self.tokenizer, told, system, self.template)
 
     def _reuse(self, prompt: list[int]) -> tuple[list[Any], list[int]]:
         """The cache cut back to what it has in common with `prompt`, and the rest of that."""
@@ -191,3 +209,10 @@ class Conversation:
     def _forget(self) -> None:
         self._cache, self._tokens, self._bookmark = None, [], None
         self._plain, self._tokens_fit = 0, None
+
+
+def _told(message: dict[str, str]) -> str:
+    """What a template is told of a message: of gpt-oss's channels, which it refuses, the last."""
+    if message["role"] == "assistant" and "<|channel|>" in message["content"]:
+        return message["content"].rpartition("<|message|>")[2]
+    return message["content"]

@@ -19,7 +19,7 @@ from ..models.looped import Looped
 from ..upstream import ROTATING_KEEP
 from .prefill import prefill_step
 from .prompt import Prompt, check_prompt, encode
-from .sampling import Sampler
+from .sampling import Sampler, check_finite
 from .speculative import (
     Drafter,
     LookupDraft,
@@ -28,6 +28,8 @@ from .speculative import (
     is_its_own_draft,
     speculative_generate_step,
 )
+
+LOOKS_EVERY = 32  # tokens: looking waits for the device
 
 
 def make_prompt_cache(model: Looped, max_kv_size: int | None = None) -> list[Any]:
@@ -83,13 +85,16 @@ def stream_generate(
     view = model.for_prompt(prompt_cache, len(tokens))
     if draft is None or is_its_own_draft(model, draft):
         kwargs.pop("num_draft_tokens", None)
-        yield from mlx_lm.stream_generate(
-            view,
-            tokenizer,
-            tokens,
-            max_tokens,
-            prompt_cache=prompt_cache,
-            **kwargs,
+        yield from _finite(
+            model,
+            mlx_lm.stream_generate(
+                view,
+                tokenizer,
+                tokens,
+                max_tokens,
+                prompt_cache=prompt_cache,
+                **kwargs,
+            ),
         )
         return
     drafter = _drafter(draft)
@@ -106,7 +111,19 @@ def stream_generate(
         **kwargs,
     )
     with wired_limit(model, [generation_stream]):  # type: ignore[list-item]
-        yield from _responses(steps, tokenizer, clock, len(tokens), max_tokens)
+        responses = _responses(steps, tokenizer, clock, len(tokens), max_tokens)
+        yield from _finite(model, responses)
+
+
+def _finite(
+    model: Looped, responses: Generator[GenerationResponse, None, None]
+) -> Generator[GenerationResponse, None, None]:
+    """The same, looked at now and then: NaN stays in a cache once it is there."""
+    with closing(responses):
+        for n, response in enumerate(responses):
+            if n % LOOKS_EVERY == 0 or response.finish_reason is not None:
+                check_finite(model.loop, response.logprobs[..., response.token])
+            yield response
 
 
 def _drafter(draft: str | nn.Module | Drafter) -> Drafter:

@@ -12,8 +12,10 @@ from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKV
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UserError
-from ..method.cache import leaves
+from ..foreign import check_text, foreseen
+from ..method.cache import leaves, tokens_seen
 from ..models.looped import Looped
+from ..upstream import ROTATING_KEEP
 
 Prompt = str | Sequence[int] | mx.array
 
@@ -24,6 +26,7 @@ def encode(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
         return [int(token) for token in prompt]
     if not isinstance(prompt, str):
         return list(prompt)
+    check_text(prompt)
     bos = tokenizer.bos_token
     special = bos is None or not prompt.startswith(bos)
     # Not verbose: it would warn of lengths beyond the trained one, which may be meant.
@@ -47,19 +50,35 @@ def render(
         template: more arguments for the chat template.
         answer: how the answer begins, given to the model.
     """
-    if system:
-        messages = [{"role": "system", "content": system}, *messages]
+    asked = [{"role": "system", "content": system}, *messages] if system else messages
     if not tokenizer.has_chat_template:
-        text = "\n".join(message["content"] for message in messages)
+        text = "\n".join(message["content"] for message in asked)
         return encode(tokenizer, f"{text} {answer}".rstrip() if answer else text)
-    return _tokens(tokenizer, _text(tokenizer, messages, template) + answer)
+    if system and not takes_system(tokenizer, template):
+        raise UserError(
+            "this model's chat template takes no system message: leave it out, or put it before "
+            "the question"
+        )
+    return _tokens(tokenizer, _text(tokenizer, asked, template) + answer)
+
+
+def takes_system(
+    tokenizer: TokenizerWrapper, template: Mapping[str, Any] = MappingProxyType({})
+) -> bool:
+    """Whether the chat template neither refuses a system message nor leaves it out."""
+    system = {"role": "system", "content": _PLACEHOLDER}
+    try:
+        return _PLACEHOLDER in _text(tokenizer, [system, _question("?")], template)
+    except UserError:
+        _text(tokenizer, [_question("?")], template)  # What fails without one too is told.
+        return False
 
 
 def opening(tokenizer: TokenizerWrapper, prompt: str) -> list[int]:
     """Token ids of a user's message that begins with `prompt`, for a cache; `rest` goes on."""
     if not tokenizer.has_chat_template:
         return encode(tokenizer, prompt)
-    before, _, _ = _text(tokenizer, _MESSAGE, {}).partition(_PLACEHOLDER)
+    before, _ = _around(tokenizer, {})
     return _tokens(tokenizer, before + prompt)
 
 
@@ -69,13 +88,34 @@ def rest(
     """Token ids of the rest of a user's message, up to where the answer begins."""
     after = ""
     if tokenizer.has_chat_template:
-        _, _, after = _text(tokenizer, _MESSAGE, template).partition(_PLACEHOLDER)
+        _, after = _around(tokenizer, template)
     return _tokens(tokenizer, prompt + after)
 
 
 # Stands for a prompt while the template's text around it is looked for.
 _PLACEHOLDER = "<query>"
-_MESSAGE = [{"role": "user", "content": _PLACEHOLDER}]
+# What the templates of a few models need; nested loops in a hostile one have no end.
+TEMPLATE_SECONDS = 10
+# Arguments that say what comes out, not what is in it.
+RESERVED = (
+    "conversation messages tokenize add_generation_prompt continue_final_message padding "
+    "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
+).split()
+
+
+def _question(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _around(tokenizer: TokenizerWrapper, template: Mapping[str, Any]) -> tuple[str, str]:
+    """The template's text before a user's message and after it."""
+    parts = _text(tokenizer, [_question(_PLACEHOLDER)], template).split(_PLACEHOLDER)
+    if len(parts) != 2:
+        raise UserError(
+            "this model's chat template does not show a message once, as it is: a prompt cannot "
+            "be taken apart"
+        )
+    return parts[0], parts[1]
 
 
 def _text(
@@ -83,16 +123,38 @@ def _text(
     messages: Sequence[Mapping[str, str]],
     template: Mapping[str, Any],
 ) -> str:
-    return tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        add_generation_prompt=True,
-        tokenize=False,
-        **template,
-    )
+    for name in RESERVED:
+        if name in template:
+            raise UserError(f"{name} in --chat-template-config is not the template's: leave it out")
+    with foreseen("this model's chat template fails", TEMPLATE_SECONDS):
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                tokenize=False,
+                **template,
+            )
+        )
 
 
 def _tokens(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    check_text(text)
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def check_tokens(model: Looped, *rows: Sequence[int]) -> None:
+    """Refuse tokens that the model has no embedding for: MLX would read whatever lies there.
+
+    Raises:
+        UserError: there is one in `rows`.
+    """
+    count = model.vocabulary
+    worst = max((max(row, default=0) for row in rows), default=0)
+    if count is not None and worst >= count:
+        raise UserError(
+            f"the tokenizer gives token {worst} and the model knows {count}: it is not the "
+            "tokenizer of this model"
+        )
 
 
 def check_prompt(
@@ -111,6 +173,7 @@ def check_prompt(
     """
     if not tokens:
         raise UserError("the prompt is empty: give at least one token")
+    check_tokens(model, tokens)
     if max_kv_size is not None and len(tokens) > max_kv_size:
         raise UserError(
             f"the prompt has {len(tokens)} tokens and the cache keeps {max_kv_size}: raise "
@@ -133,6 +196,25 @@ def check_prompt(
             if wrong[0] % 32 == 0
             else f"--kv-bits (kv_bits) needs keys and values of whole groups of 32 numbers, and "
             f"this model's have {wrong[0]}: leave it out"
+        )
+
+
+def check_room(cache: Sequence[Any], tokens: Sequence[int]) -> None:
+    """Refuse to go on with more of a prompt than a rotating cache holds of it.
+
+    Raises:
+        UserError: its beginning would be dropped.
+    """
+    sizes = [
+        leaf.max_size
+        for leaf in leaves(cache)
+        if isinstance(leaf, RotatingKVCache) and leaf.keep == ROTATING_KEEP
+    ]
+    whole = (tokens_seen(cache) or 0) + len(tokens)
+    if sizes and whole > min(sizes):
+        raise UserError(
+            f"the prompt has {whole} tokens in all and the cache keeps {min(sizes)}: make it with "
+            "a greater --max-kv-size, or shorten the prompt"
         )
 
 

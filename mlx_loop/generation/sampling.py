@@ -8,6 +8,25 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, apply_xtc
 
+from ..errors import UserError
+
+
+def check_finite(loop: object, total: mx.array) -> None:
+    """Refuse predictions that are no numbers, from which any token may be drawn. It waits.
+
+    Args:
+        loop: the settings that they come from.
+        total: log-probabilities that can be, or logsumexps of logits; any shape.
+
+    Raises:
+        UserError: one of them is NaN or infinite.
+    """
+    if not mx.isfinite(total).all().item():
+        raise UserError(
+            f"the model predicts NaN or infinity with loop {loop or 'off'}: if it does so without "
+            "a loop, its weights are damaged or need --dtype float32; else loop less"
+        )
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -84,7 +103,9 @@ class Sampler:
         if self.xtc_probability:
             special = list(self.xtc_special_tokens)
             logprobs = apply_xtc(logprobs, self.xtc_probability, self.xtc_threshold, special)
-        return apply_top_k(logprobs, self.top_k) if self.top_k else logprobs
+        # All tokens are as good as no limit.
+        cuts = 0 < self.top_k < logprobs.shape[-1]
+        return apply_top_k(logprobs, self.top_k) if cuts else logprobs
 
 
 def _first(kept: mx.array, followers: mx.array) -> tuple[mx.array, mx.array]:

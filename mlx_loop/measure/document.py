@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
+from ..foreign import in_markdown, visible
+
 
 @dataclass(frozen=True)
 class Paragraph:
@@ -60,13 +62,18 @@ def markdown(blocks: Sequence[Block]) -> str:
     out = []
     for block in blocks:
         if isinstance(block, Paragraph):
-            out.append(f"{'#' * block.heading} {block.text}".strip())
+            out.append(f"{'#' * block.heading} {in_markdown(block.text)}".strip())
         elif isinstance(block, Picture):
             out.append(f"![{block.title}]({block.path.name})")
         else:
             lines = [block.header, ["---"] * len(block.header), *block.rows]
-            out.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            rows = (" | ".join(map(_cell, line)) for line in lines)
+            out.append("\n".join(f"| {row} |" for row in rows))
     return "\n\n".join(out) + "\n"
+
+
+def _cell(text: str) -> str:
+    return in_markdown(" ".join(text.split()))
 
 
 STYLE = """
@@ -82,7 +89,7 @@ img { max-width: 100% }
 def page(title: str, blocks: Sequence[Block]) -> str:
     """Blocks as one HTML file; pictures are inside it."""
     return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}'
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{_html(title)}'
         f"</title>\n<style>{STYLE}</style>\n{body(blocks)}\n</html>\n"
     )
 
@@ -93,26 +100,30 @@ def body(blocks: Sequence[Block]) -> str:
     for block in blocks:
         if isinstance(block, Paragraph):
             tag = f"h{block.heading}" if block.heading else "p"
-            parts.append(f"<{tag}>{html.escape(block.text)}</{tag}>")
+            parts.append(f"<{tag}>{_html(block.text)}</{tag}>")
         elif isinstance(block, Picture):
             parts.append(
                 f'<picture><source srcset="{_inline(block.dark)}" '
                 f'media="(prefers-color-scheme: dark)"><img src="{_inline(block.path)}" '
-                f'alt="{html.escape(block.title)}"></picture>'
+                f'alt="{_html(block.title)}"></picture>'
             )
         else:
-            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
+            head = "".join(f"<th>{_html(cell)}</th>" for cell in block.header)
             lines = [
-                "<tr>" + "".join(map(_cell, block.header, row, repeat(block.left))) + "</tr>"
+                "<tr>" + "".join(map(_td, block.header, row, repeat(block.left))) + "</tr>"
                 for row in block.rows
             ]
             parts.append(f"<table><tr>{head}</tr>\n" + "\n".join(lines) + "</table>")
     return "\n".join(parts)
 
 
-def _cell(name: str, text: str, left: Sequence[str]) -> str:
+def _td(name: str, text: str, left: Sequence[str]) -> str:
     style = ' style="text-align: left"' if name in left else ""
-    return f"<td{style}>{html.escape(text)}</td>"
+    return f"<td{style}>{_html(text)}</td>"
+
+
+def _html(text: str) -> str:
+    return html.escape(visible(text))
 
 
 def _inline(path: Path) -> str:

@@ -37,6 +37,8 @@ class Drift(Task):
     layers loop one by one, and the trace's verdict.
     """
 
+    numbers = ()  # What diverges may have none.
+
     def __init__(self, problems: Ruler):
         """The problems of which there are to be traces; `Ruler` knows their prompts."""
         self.items, self._prompt = problems.items, problems.prompt

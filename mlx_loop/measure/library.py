@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..checkpoints.card import base_model
 from ..checkpoints.loading import DEMOS
 from ..errors import UserError
+from ..foreign import path_of
 from ..generation.prompt import Prompt, encode
 from ..models.looped import Looped
 from ..settings import LoopLike
@@ -126,7 +127,7 @@ def sweep(
     if idle:
         raise UserError(f"{' and '.join(idle)} would not be read by this task: leave it out")
     header |= {"data": data, **{name: asked[name] for name in asked if name != "batch"}}
-    results = Results(None, {}) if out is None else Results.open(Path(out).expanduser(), header)
+    results = Results(None, {}) if out is None else Results.open(path_of(out), header)
     _measure(progress)("", views, tokenizer, task, results)
     scores = replace(gather(views, task, results), header=header)
     others = {score.title: gather(views, task, results, score) for score in task.beside}
@@ -169,7 +170,7 @@ def evaluate(
     if len(views) < 2:
         raise UserError("there is no looped setting to compare: give one with 2 loops or more")
     ours, theirs, named = parse_tasks(tasks if isinstance(tasks, str) else ",".join(tasks))
-    files = {name: Path(split_name(name)[1]).expanduser() for name in named}
+    files = {name: path_of(split_name(name)[1]) for name in named}
     asked = Study(
         _name(model),
         ours,
@@ -181,7 +182,7 @@ def evaluate(
     place = str(model.checkpoint.path) if model.checkpoint else ""
     others = other_tasks(asked, tokenizer, files, theirs, lengths, place)
     with ExitStack() as stack:
-        folder = Path(out or stack.enter_context(TemporaryDirectory())).expanduser()
+        folder = path_of(out or stack.enter_context(TemporaryDirectory()))
         problems = examples(asked, tokenizer, folder)
         measure = _measure(progress)
         carry_out(asked, views, tokenizer, folder, problems, others, traces, measure)

@@ -22,6 +22,8 @@ import mlx.core as mx
 
 from ..generation.batch import batched, merges, padded, step_of_rows
 from ..generation.prefill import PREFILL_STEP, prefill
+from ..generation.prompt import check_tokens
+from ..generation.sampling import check_finite
 from ..models.looped import Looped
 from ..models.together import logits, states
 from ..upstream import NOT_CAUSAL
@@ -44,14 +46,16 @@ def log_likelihoods(
         endings: the continuations of each prompt: token ids, at least one each.
         step: prompt tokens that are fed at a time, those of all prompts together.
     """
+    check_tokens(views[0], *prompts, *chain(*endings))
     shared = [i for i, view in enumerate(views) if _can_share(view)]
     found = dict(
         zip(shared, _together([views[i] for i in shared], prompts, endings, step), strict=True)
     )
-    return [
-        found.get(i) or [_alone(view, *pair, step) for pair in zip(prompts, endings, strict=True)]
-        for i, view in enumerate(views)
-    ]
+    for i, view in enumerate(views):
+        if i not in found:
+            found[i] = [_alone(view, *pair, step) for pair in zip(prompts, endings, strict=True)]
+        check_finite(view.loop, mx.array([*chain(*found[i])]))
+    return [found[i] for i in range(len(views))]
 
 
 def _can_share(view: Looped) -> bool:

@@ -6,12 +6,14 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..files import whole_file
+from ..files import check_file, whole_file
+from ..foreign import visible
 from ..settings import interval, pairs
 from .names import names
 from .outcome import Outcome, Scores, outcomes
@@ -26,6 +28,31 @@ _DARK = {"figure.facecolor": "#0d1117", "axes.facecolor": "#0d1117", "text": "#e
 _LIGHT = {"figure.facecolor": "white", "axes.facecolor": "white", "text": "#1f2328"}
 
 
+def check_matplotlib() -> None:
+    """Refuse what needs matplotlib where it is missing.
+
+    Raises:
+        UserError: it is.
+    """
+    if find_spec("matplotlib") is None:
+        raise UserError("pictures need matplotlib: pip install matplotlib")
+
+
+def check(path: Path, overwrite: bool = True) -> Path:
+    """The name of the picture for dark pages, `...-dark`.
+
+    Raises:
+        UserError: matplotlib is missing, or `path` is not a name that a picture can have.
+    """
+    check_matplotlib()
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"{path} is not a picture's name: end it in .png, .svg or .pdf")
+    dark = path.with_stem(f"{path.stem}-dark")
+    for file in (path, dark):
+        check_file(file, overwrite)
+    return dark
+
+
 def save(path: Path, draw: Callable[[Any], Any], overwrite: bool = True) -> tuple[Path, Path]:
     """Draw for light pages into `path` and for dark ones into a file named `...-dark`.
 
@@ -33,12 +60,10 @@ def save(path: Path, draw: Callable[[Any], Any], overwrite: bool = True) -> tupl
         draw: given what is like matplotlib's pyplot, makes the figure.
 
     Raises:
-        UserError: matplotlib is missing, or the files cannot be written.
+        UserError: as `check`, or the files cannot be written.
     """
+    dark = check(path, overwrite)
     canvas = _canvas()
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"{path} is not a picture's name: end it in .png, .svg or .pdf")
-    dark = path.with_stem(f"{path.stem}-dark")
     for file, theme in ((path, _LIGHT), (dark, _DARK)):
         with canvas.rc_context(_settings(theme)), whole_file(file, overwrite) as scratch:
             draw(canvas).savefig(scratch, dpi=150)
@@ -54,7 +79,7 @@ def figure(draw: Callable[[Any], Any]) -> Any:
     Raises:
         UserError: matplotlib is missing.
     """
-    _canvas()
+    check_matplotlib()
     from matplotlib import pyplot  # With it a notebook knows how to show figures.
 
     with pyplot.rc_context(_settings(_LIGHT)):
@@ -65,11 +90,8 @@ def figure(draw: Callable[[Any], Any]) -> Any:
 
 def _canvas() -> Any:
     """What `draw` needs of pyplot, with no screen behind it and the caller's as it was."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("pictures need matplotlib: pip install matplotlib") from error
+    import matplotlib
+    from matplotlib.figure import Figure
 
     def subplots(*shape: int, figsize: Any, layout: str, **more: Any) -> tuple[Any, Any]:
         sheet = Figure(figsize=figsize, layout=layout)  # type: ignore[arg-type]
@@ -78,6 +100,11 @@ def _canvas() -> Any:
     return SimpleNamespace(
         subplots=subplots, rcParams=matplotlib.rcParams, rc_context=matplotlib.rc_context
     )
+
+
+def words(text: str) -> str:
+    """A text as it stands in a picture, where `$` would begin a formula."""
+    return visible(text).replace("$", r"\$")
 
 
 def _settings(theme: dict[str, str]) -> Any:
@@ -137,7 +164,7 @@ def draw_accuracy(scores: Scores, pyplot: Any) -> Any:
     axes.set_xticks(sorted({_loops(outcome) for outcome in found[1:]}))
     axes.set(xlabel="loops K", ylabel="score, %, 95 % interval", ylim=(-2, 102))
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title(f"{scores.header['model']}, {len(scores.problems)} problems")
+    axes.set_title(f"{words(str(scores.header['model']))}, {len(scores.problems)} problems")
     return figure
 
 
@@ -210,7 +237,7 @@ def draw_windows(found: Sequence[Outcome], title: str, pyplot: Any) -> Any:
     axes[0, 0].set_ylabel("window")
     axes[1, 0].set_ylabel(f"change, {unit}, 95 % interval")
     figure.colorbar(image, ax=axes[0, :].tolist(), label=f"change, {unit}")
-    figure.suptitle(f"{title} against no looping (* distinguishable)")
+    figure.suptitle(f"{words(title)} against no looping (* distinguishable)")
     return figure
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..files import whole_file
+from ..foreign import read_text, to_json
 from ..settings import ResolvedLoop
 from .document import Block, Paragraph, Picture, Table, markdown, page
 from .drift import MEASURES
@@ -29,10 +31,10 @@ from .outcome import (
     said_held_out,
 )
 from .plots import draw_accuracy, draw_lengths, save
-from .results import Row, key, read_lines
+from .results import Row, is_number, key, parsed, read_rows
 from .study import DRIFT, RESULTS, SECONDS
 from .tasks import FROM_FILES
-from .trace import worst
+from .trace import VERDICTS, worst
 
 SOURCE = "Training-Free Looped Transformers, arXiv 2605.23872"
 # What the paper reports: per cent right un-looped and looped, or the difference alone.
@@ -76,16 +78,18 @@ def beside(folder: Path) -> dict[str, Scores]:
 
 def _scores(folder: Path, names: Sequence[str]) -> Scores | None:
     """The first of these numbers that a row has, of complete problems; None: there are none."""
-    header, *lines = read_lines(folder / RESULTS)
+    header: Any = next(parsed(read_text(folder / RESULTS)), {})
     settings: dict[str, ResolvedLoop | None] = {}
     found: dict[str, dict[Problem, float]] = defaultdict(dict)
-    for row in lines:
-        score = next((row[name] for name in names if name in row), None)
-        if score is not None:
+    for row in read_rows(folder / RESULTS):
+        score = next((row[name] for name in names if is_number(row.get(name))), None)
+        # Lines of something else, or settings that are none, are passed over.
+        with suppress(UserError, TypeError, KeyError):
             name, loop = key(row["loop"]), row["loop"]
-            if name not in settings:
+            if score is not None and name not in settings:
                 settings[name] = loop and ResolvedLoop.from_dict(loop)
-            found[name][row["task"], row["length"], row["index"]] = score
+            if score is not None:
+                found[name][row["task"], row["length"], row["index"]] = score
     keys = sorted(found, key=lambda name: settings[name] is not None)
     every = list(dict.fromkeys(p for scores in found.values() for p in scores))
     problems = [p for p in every if all(p in scores for scores in found.values())]
@@ -145,7 +149,7 @@ def write(
         blocks += _reference()
     settings = [[outcome.name, str(outcome.loop)] for outcome in found if outcome.loop]
     blocks += [Paragraph("Settings", 2), Table(["setting", "in full"], settings)]
-    header = [[name, json.dumps(value)] for name, value in scores.header.items()]
+    header = [[name, to_json(value)] for name, value in scores.header.items()]
     blocks += [Paragraph("Configuration", 2), Table(["field", "value"], header)]
     for name, text in (("report.md", markdown(blocks)), ("report.html", page(title, blocks))):
         with whole_file(folder / name, overwrite=True) as scratch:
@@ -156,7 +160,7 @@ def write(
 def _overall(found: Sequence[Outcome], layers: int, path: Path) -> Table:
     """Args: path: of seconds per answer, which are shown where every setting has some."""
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for line in read_lines(path) if path.exists() else ():
+    for line in read_rows(path, "seconds", "answers"):
         total = spent[key(line["loop"])]
         total[0] += line["seconds"]
         total[1] += line["answers"]
@@ -165,7 +169,7 @@ def _overall(found: Sequence[Outcome], layers: int, path: Path) -> Table:
         return Table(HEADER, table)
     for row, outcome in zip(table, found, strict=True):
         seconds, answers = spent[key(outcome.loop)]
-        row.append(f"{seconds / answers:.2g}")
+        row.append(f"{seconds / max(answers, 1):.2g}")
     return Table([*HEADER, "s / problem"], table)
 
 
@@ -180,8 +184,9 @@ def by(scores: Scores, parts: Mapping[str, Sequence[Problem]]) -> Table:
 
 def _drift(found: Sequence[Outcome], path: Path) -> list[Block]:
     by_setting: dict[str, list[Row]] = defaultdict(list)
-    for row in read_lines(path)[1:] if path.exists() else ():
-        by_setting[key(row["loop"])].append(row)
+    for row in read_rows(path, *MEASURES):
+        if row.get("verdict") in VERDICTS:
+            by_setting[key(row["loop"])].append(row)
     known = [outcome for outcome in found if key(outcome.loop) in by_setting]
     if not known:
         return []

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import whole_file
+from ..foreign import from_json, read_text, to_json
 from ..settings import LoopConfig
 
 Row = dict[str, Any]
@@ -29,29 +35,27 @@ class Results:
     def open(cls, path: Path, header: Row) -> Results:
         """The results in `path`, which is made if it is not there.
 
-        A last line that was cut off, by a crash or a full disk, is removed.
+        A first or last line that was cut off, by a crash or a full disk, is removed, and a line
+        that is no result is left alone: what it may have held is measured again.
 
         Raises:
             UserError: the file holds something else, or cannot be read or written.
         """
-        try:
-            text = path.read_text() if path.exists() else ""
-            whole = text[: text.rfind("\n") + 1]
-            if not whole and not text:
+        first = to_json(header) + "\n"
+        with writing(path):
+            text = read_text(path) if path.exists() else ""
+            if first.startswith(text) and text != first:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(header) + "\n")
+                path.write_bytes(first.encode())
                 return cls(path, {})
-            try:
-                first, *lines = map(json.loads, whole.splitlines())
-                rows = {(key(line["loop"]), line["item"]): line for line in lines}
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} holds no results: give --out another name") from error
-            check_header(path, first, header)
+            found = parsed(text)
+            check_header(path, next(found, None), header)
+            rows = {(key(row["loop"]), row["item"]): row for row in found if _is_result(row)}
+            whole = text[: text.rfind("\n") + 1]
             if len(whole) < len(text):
-                path.write_text(whole)
+                with whole_file(path, overwrite=True) as scratch:
+                    scratch.write_bytes(whole.encode())
             return cls(path, rows)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error}") from error
 
     def add(self, loop: LoopConfig | None, row: Row) -> None:
         """Append one result."""
@@ -60,11 +64,24 @@ class Results:
         if self.path is not None:
             append(self.path, line)
 
-    def has(self, loop: LoopConfig | None, item: Row) -> bool:
-        return (key(loop), item["item"]) in self.rows
+    def has(self, loop: LoopConfig | None, item: Row, numbers: Iterable[str] = ()) -> bool:
+        """Whether there is a result of an item, and these numbers are in it."""
+        row = self.rows.get((key(loop), item["item"]))
+        return row is not None and all(map(is_number, map(row.get, numbers)))
 
     def of(self, loop: LoopConfig | None, item: Row) -> Row:
         return self.rows[key(loop), item["item"]]
+
+
+def _is_result(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("loop", 0), dict | None):
+        return False
+    return isinstance(row.get("item"), str | int)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that can be counted with."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def key(loop: LoopConfig | Row | None) -> str:
@@ -74,29 +91,54 @@ def key(loop: LoopConfig | Row | None) -> str:
 
 
 def append(path: Path, line: Row) -> None:
-    """Write one more line.
+    """Write one more line, or nothing of it.
 
     Raises:
         UserError: the file cannot be written.
     """
+    with writing(path), path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        cut_off = file.read(1) not in (b"", b"\n")
+        written = b"\n" * cut_off + to_json(line).encode() + b"\n"
+        try:
+            while written:
+                written = written[file.write(written) :]
+        except BaseException:
+            file.truncate(size)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
     try:
-        with path.open("a") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
-def read_lines(path: Path) -> list[Row]:
-    """All lines of a file; one that was cut off at the end is left out.
+def parsed(text: str) -> Iterator[Any]:
+    """The value of each whole line; None: it is not JSON."""
+    for line in text.split("\n")[:-1]:
+        try:
+            yield from_json(line, "")
+        except UserError:
+            yield None
+
+
+def read_rows(path: Path, *numbers: str) -> list[Row]:
+    """The lines of a file that have loop settings and these numbers; none where there is no file.
 
     Raises:
         UserError: the file cannot be read.
     """
-    text = read_text(path)
-    try:
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    return [
+        row
+        for row in parsed(read_text(path) if path.exists() else "")
+        if isinstance(row, dict)
+        and isinstance(row.get("loop", 0), dict | None)
+        and all(isinstance(row.get(name), int | float) for name in numbers)
+    ]
 
 
 def check_header(path: Path, found: Any, header: Row) -> None:
@@ -109,18 +151,6 @@ def check_header(path: Path, found: Any, header: Row) -> None:
         raise UserError(
             f"{path} holds results of another {' and '.join(differing)}: give --out another name"
         )
-
-
-def read_text(path: Path) -> str:
-    """What a file says.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def fingerprint(path: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..files import whole_file
+from ..foreign import read_text, to_json
 from ..models.looped import Looped
 from .outcome import Scores
-from .results import Results, Row, append, check_header, fingerprint, read_lines
+from .results import Results, Row, append, check_header, fingerprint, parsed
 from .tasks import ruler
 from .tasks.task import Score, Task
 
@@ -38,14 +40,18 @@ def run(
         seconds: a file that is told how long each batch took, which differs from run to run.
     """
     for items in task.batches():
-        todo = [v for v in views if not all(results.has(v.loop, item) for item in items)]
+        todo = [
+            view
+            for view in views
+            if not all(results.has(view.loop, item, task.numbers) for item in items)
+        ]
         names = [item["item"] for item in items]
         for together in task.measure(todo, tokenizer, items) if todo else ():
             done = 0
             for number, rows, spent in together:
                 loop = todo[number].loop
                 for row in rows:
-                    if not results.has(loop, row):
+                    if not results.has(loop, row, task.numbers if row["item"] in names else ()):
                         results.add(loop, row)
                         done += row["item"] in names
                 if seconds is not None and spent is not None:
@@ -56,7 +62,11 @@ def run(
 
 def complete(views: Sequence[Looped], task: Task, results: Results) -> list[Row]:
     """The items that have a result of every setting."""
-    return [i for i in task.items if all(results.has(view.loop, i) for view in views)]
+    return [
+        item
+        for item in task.items
+        if all(results.has(view.loop, item, task.numbers) for view in views)
+    ]
 
 
 def gather(
@@ -155,10 +165,15 @@ def examples(
         study.batch_size,
         study.prefill_step_size,
     )
-    if path.exists():
-        header, *lines = read_lines(path)
+    text = read_text(path) if path.exists() else ""
+    if not to_json(study.header()).startswith(text):
+        header, *lines = [*parsed(text)] or [None]
         check_header(path, header, study.header())
-        return task.of([ruler.Example(**line) for line in lines])
+        with suppress(TypeError):
+            found = [ruler.Example(**line) for line in lines]  # type: ignore[arg-type]
+            wanted = [(*cell, index) for cell in study.cells() for index in range(study.limit)]
+            if wanted == [(e.task, e.length, e.index) for e in found]:
+                return task.of(found)
 
     def size(text: str, prefix: str) -> int:
         return len(task.tokens(tokenizer, text, prefix))
@@ -169,6 +184,7 @@ def examples(
             made.append(ruler.example(name, length, index, size, study.sources, study.seed))
             advance()
     rows = [study.header(), *map(asdict, made)]
-    with whole_file(path) as scratch:
-        scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    # A damaged file is made again: the same problems come of the same header.
+    with whole_file(path, overwrite=True) as scratch:
+        scratch.write_bytes("".join(to_json(row) + "\n" for row in rows).encode())
     return task.of(made)

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
+from ..generation.prompt import check_tokens
 from ..method.routing import expert_changes
 from ..models.looped import Looped
 from ..models.together import logits
@@ -25,6 +26,7 @@ from .document import Block, Paragraph, Table
 from .plots import draw_trace
 from .shown import Shown, jsonable
 
+VERDICTS = ("no verdict", "converging", "drifting", "diverging")
 # Of the verdict. A residual within 5 % of where it began has neither shrunk nor grown.
 SHRUNK, GROWN = 0.95, 1.05
 # Converging is said of nine tokens in ten, or not at all.
@@ -217,7 +219,7 @@ class Trace(Shown):
 
 def worst(verdicts: Iterable[str]) -> str:
     """The verdict on all of several."""
-    return max(verdicts, key=("no verdict", "converging", "drifting", "diverging").index)
+    return max(verdicts, key=VERDICTS.index)
 
 
 def trace(model: Looped, tokens: Sequence[int]) -> Trace:
@@ -230,6 +232,7 @@ def trace(model: Looped, tokens: Sequence[int]) -> Trace:
         raise UserError("looping is off, so there is nothing to trace: give --loops 2 or more")
     if not tokens:
         raise UserError("the prompt is empty: give at least one token")
+    check_tokens(model, tokens)
     seen: list[tuple[Sequence[int], Sequence[tuple[mx.array, mx.array]], mx.array]] = []
     view = model.with_loop(model.loop)
     view.observer = lambda *loop: seen.append(loop)

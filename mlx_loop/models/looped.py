@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
 from .. import upstream
@@ -49,6 +50,7 @@ class _Known:
     """What all views of a model know of it."""
 
     anatomy: Anatomy | None = None
+    vocabulary: int | None = None
 
 
 class Looped(nn.Module):
@@ -75,6 +77,16 @@ class Looped(nn.Module):
         self._known = _Known()
         self._share = Share()
 
+    def load_weights(self, file_or_weights: Any, strict: bool = True) -> nn.Module:
+        """MLX's own, which looks at names and shapes; integers are refused where floats belong."""
+        given = file_or_weights if isinstance(file_or_weights, list) else []
+        own: dict[str, mx.array] = dict(tree_flatten(self.parameters()))
+        for name, array in given:
+            kinds = {mx.issubdtype(x.dtype, mx.floating) for x in (array, own.get(name, array))}
+            if len(kinds) > 1:
+                raise UserError(f"{name} is of type {array.dtype}, which is not the model's")
+        return super().load_weights(file_or_weights, strict)
+
     # --- Settings ---
 
     @property
@@ -91,6 +103,15 @@ class Looped(nn.Module):
         if known is None:
             known = self._known.anatomy = survey(self, _forward)
         return known
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens that the model has an embedding for; None: that cannot be told."""
+        if self._known.vocabulary is None:
+            kinds = nn.Embedding | nn.QuantizedEmbedding
+            tables = (module for module in self.modules() if isinstance(module, kinds))
+            self._known.vocabulary = max((table.weight.shape[0] for table in tables), default=None)
+        return self._known.vocabulary
 
     @property
     def loop(self) -> ResolvedLoop | None:

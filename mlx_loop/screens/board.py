@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from ..foreign import visible
 from ..measure.comparison import Answer
 from ..measure.names import names
 from .terminal import extra_cost
@@ -49,13 +50,13 @@ def marked(answer: Answer) -> Text:
     """The text, with the place marked where it departs from the un-looped answer."""
     at = answer.departs
     if at is None:
-        return Text(answer.text)
+        return Text(visible(answer.text))
     start, *rest = answer.starts[at:]
     end = rest[0] if rest else len(answer.text)
     return Text.assemble(
-        answer.text[:start],
-        (MARK + answer.text[start:end], "bold yellow"),
-        answer.text[end:],
+        visible(answer.text[:start]),
+        (MARK + visible(answer.text[start:end]), "bold yellow"),
+        visible(answer.text[end:]),
     )
 
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from rich.markup import escape
+from rich.text import Text
 
 from ..checkpoints.loading import saved_loop
 from ..errors import UserError
 from ..files import whole_file
+from ..foreign import foreseen, path_of, read_json, read_text, to_json, visible
 from ..generation.conversation import Conversation
 from ..settings import LoopConfig
 from .fields import SETTINGS, check_model, check_read, parse_setting
 from .options import fraction, from_zero, parse_draft, positive, temperature
 from .session import Command, Row, Session, command, grid, needed, parsed
-from .terminal import context, describe, extra_cost, numbers, out, stream
+from .terminal import context, describe, err, extra_cost, numbers, out, stream
 
 
 @dataclass
@@ -41,14 +42,14 @@ class Chat(Session):
     _file: Path | None = None
 
     name = "chat"
-    hints = (("[bold]/FIELD[/bold] VALUE", "the same as /set: /" + ", /".join(SETTINGS)),)
+    hints = ((Text("/FIELD VALUE", "bold"), "the same as /set: /" + ", /".join(SETTINGS)),)
 
     def commands(self) -> Mapping[str, Command]:
         fields = {name: Command(partial(Chat.change, name=name)) for name in SETTINGS}
         return {**fields, **super().commands()}
 
     def about(self) -> list[Row]:
-        return [("model", f"[bold]{escape(self.title)}[/bold]"), *self._loop_rows()]
+        return [("model", Text(visible(self.title), "bold")), *self._loop_rows()]
 
     def answer(self, text: str) -> bool:
         """Stream the answer to `text`, then one line of numbers."""
@@ -102,7 +103,7 @@ class Chat(Session):
     @command("", "forget the last question and its answer")
     def undo(self, _: str) -> None:
         question = self._take_back()
-        out.print(f"forgotten: {question}", style="dim", markup=False)
+        out.print(f"forgotten: {question}", style="dim")
 
     @command("", "change the last question and ask it again")
     def edit(self, _: str) -> None:
@@ -110,14 +111,11 @@ class Chat(Session):
 
     @command("PATH", "put a text file before the next message")
     def file(self, argument: str) -> None:
-        path = Path(needed(argument, "/file notes.txt")).expanduser()
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from error
+        path = path_of(needed(argument, "/file notes.txt"))
+        text = read_text(path)
         self._texts.append(text)
         words = f"{len(text.split())} words of {path} go before your next message"
-        out.print(words, style="dim", markup=False)
+        out.print(words, style="dim")
 
     @command("T", "sampling temperature; 0: greedy")
     def temp(self, argument: str) -> None:
@@ -139,9 +137,9 @@ class Chat(Session):
     def info(self, _: str) -> None:
         model, talk = self.conversation.model, self.conversation
         rows = [
-            ("model", f"{escape(self.title)} ({model.model_type}, {len(model.layers)} layers)"),
+            ("model", f"{self.title} ({model.model_type}, {len(model.layers)} layers)"),
             *self._loop_rows(),
-            ("system", escape(talk.system or "none")),
+            ("system", talk.system or "none"),
             ("conversation", f"{len(talk.messages)} messages"),
             ("cache", talk.cache_summary()),
         ]
@@ -151,6 +149,7 @@ class Chat(Session):
     def system(self, argument: str) -> None:
         self.conversation.system = argument or None
         out.print("system message set" if argument else "no system message", style="dim")
+        self.tell_of_system()
 
     @command("", "forget the conversation")
     def reset(self, _: str) -> None:
@@ -162,7 +161,7 @@ class Chat(Session):
     @command("FILE", "write the conversation as JSON; empty: to its own file again")
     def save(self, argument: str) -> None:
         own = str(self._file or "")
-        path = Path(needed(argument or own, "/save talk.json")).expanduser()
+        path = path_of(needed(argument or own, "/save talk.json"))
         loop = self.conversation.loop
         messages = self.conversation.messages
         data = {
@@ -172,33 +171,46 @@ class Chat(Session):
             "messages": messages,
         }
         with whole_file(path, overwrite=not argument) as file:
-            file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+            file.write_bytes(f"{to_json(data, indent=2)}\n".encode())
         self._file = path
-        out.print(f"{len(messages)} messages saved to {path}", style="dim", markup=False)
+        out.print(f"{len(messages)} messages saved to {path}", style="dim")
 
     @command("FILE", "go on with a saved conversation")
     def load(self, argument: str) -> None:
-        path = Path(needed(argument, "/load talk.json")).expanduser()
-        try:
-            data = json.loads(path.read_text())
+        path = path_of(needed(argument, "/load talk.json"))
+        with foreseen(f"{path} is not a conversation that /save wrote"):
+            data = read_json(path)
             messages = [{"role": m["role"], "content": m["content"]} for m in data["messages"]]
             system, loop = data["system"], data["loop"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a conversation that /save wrote: {error}") from error
+            texts = [system or "", *chain(*(message.values() for message in messages))]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("a message is no text")
+        talk = replace(self.conversation, system=system, messages=messages)
+        if messages:
+            talk.check_messages()
         self.conversation.loop = None if loop is None else LoopConfig.from_dict(loop)
         self.conversation.reset()
         self.conversation.system, self.conversation.messages = system, messages
         self._file = path
-        out.print(f"{len(messages)} messages loaded from {path}", style="dim", markup=False)
+        out.print(f"{len(messages)} messages loaded from {path}", style="dim")
         if data.get("model") != self.title:
             other = f"it was with {data.get('model')}; {self.title} goes on with it"
-            out.print(other, style="yellow", markup=False)
+            out.print(other, style="yellow")
         self._show_loop()
 
     def change(self, text: str, name: str) -> None:
         """`/FIELD VALUE`: another value of a field."""
         self._change(name, needed(text, f"/{name} VALUE"))
         self._show_loop()
+
+    def tell_of_system(self) -> None:
+        """Say where the system message stands, if that is not where it should."""
+        if self.conversation.system_stands_first:
+            err.print(
+                "this model's chat template takes no system message: it is put before the first "
+                "question instead",
+                style="yellow",
+            )
 
     def _take_back(self) -> str:
         """The last question, which with its answer is no longer part of the conversation."""

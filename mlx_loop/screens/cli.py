@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import takewhile
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
-from ..errors import INTERRUPTED, LOST, USER_ERROR, UserError
+from ..errors import INTERRUPTED, LOST, UNREAD, USER_ERROR, UserError
+from ..foreign import one_line
 from .options import check_idle
 
 # Modules of `commands`, each with a SUMMARY, EXAMPLES, `add_options` and `run`.
@@ -35,7 +40,7 @@ COMMANDS = (
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(USER_ERROR, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """A flag that is none is refused here, by the parser whose help page has the right one."""
@@ -84,36 +89,98 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 2 for a mistake of the user, 130 for Ctrl-C."""
-    parser, typed = build_parser(), list(sys.argv[1:] if argv is None else argv)
-    if typed and not typed[0].startswith("-") and typed[0] not in COMMANDS:
-        parser.error(f"unknown command {typed[0]}{suggestion(typed[0], COMMANDS)}")
-    args = parser.parse_args(typed)
+    """Run a command.
+
+    The exit status is 2 for a mistake of the user or a failing disk, 3 where another of several
+    machines has gone, 130 for Ctrl-C, 141 where nobody reads the output; another signal that ends
+    the program is a SystemExit of 128 and more.
+    """
+    name = "mlx_loop"
     try:
-        check_idle(args)
-        return args.run(args)
-    except UserError as error:
-        _complain(args.command, str(error))
+        with _ended_by_signals() as ended:
+            _open_streams()
+            parser, typed = build_parser(), list(sys.argv[1:] if argv is None else argv)
+            if typed and not typed[0].startswith("-") and typed[0] not in COMMANDS:
+                parser.error(f"unknown command {typed[0]}{suggestion(typed[0], COMMANDS)}")
+            args = parser.parse_args(typed)
+            name = f"mlx_loop {args.command}"
+            check_idle(args)
+            status = args.run(args)
+            sys.stdout.flush()
+            # A library may have swallowed the SystemExit.
+            return 128 + ended[0] if ended else status
+    except BrokenPipeError:
+        _drop_output()
+        return UNREAD
+    except (UserError, OSError, MemoryError) as error:
+        _complain(name, one_line(error))
+        _drop_output()
         return USER_ERROR
     except RuntimeError as error:
         # What MLX says where one of several machines has gone.
         if "peer was lost" not in str(error):
             raise
-        _complain(args.command, "another machine has gone, so this one ends too")
+        _complain(name, "another machine has gone, so this one ends too")
         return LOST
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output has left; Python would complain once more at exit.
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[list[int]]:
+    """Whoever ends the program ends it as Ctrl-C does: screens are restored, files are whole.
+
+    Yields the signals that have come.
+    """
+    ended: list[int] = []
+
+    def end(signum: int, frame: Any) -> None:
+        ended.append(signum)
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield ended
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield ended
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _open_streams() -> None:
+    """What is closed is opened, or the next file would be taken for it; all of it is UTF-8."""
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for name in closed:
+        # The lowest number that is free, and so the one that was closed.
+        handle = os.open(os.devnull, os.O_RDWR)
+        setattr(sys, name, open(handle, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, _SHOWN), (sys.stderr, _SHOWN)):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8" if stream is sys.stdin else None, errors=errors)
+    if "stdout" in closed:
+        raise UserError("standard output is closed: the answer has nowhere to go")
+
+
+# What an encoding lacks does not stop an answer.
+_SHOWN = "backslashreplace"
+
+
+def _drop_output() -> None:
+    """Forget what could not be written; Python would complain once more at exit."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
-def _complain(command: str, message: str) -> None:
+def _complain(name: str, message: str) -> None:
     # All of several machines find the same mistake, and the first one says so.
     if os.environ.get("MLX_RANK", "0") == "0":
-        print(f"mlx_loop {command}: error: {message}", file=sys.stderr)
+        print(f"{name}: error: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -14,10 +13,11 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.live import Live
-from rich.markup import escape
+from rich.text import Text
 
 from ..errors import UserError
 from ..files import whole_file
+from ..foreign import foreseen, from_json, in_markdown, lines, path_of, read_text, to_json, visible
 from ..generation.conversation import Interrupted
 from ..generation.sampling import Sampler
 from ..measure.comparison import Answer, compare, distinct
@@ -76,11 +76,11 @@ class Compare(Session):
     name = "compare"
     hints = (
         (
-            "[bold]/FIELD[/bold] A,B,...",
+            Text.assemble(("/FIELD", "bold"), " A,B,..."),
             "values to compare, all combined: /" + ", /".join(SETTINGS),
         ),
-        ("", "[dim]as /loops 1,3,6 or /window 3:7,4:8; empty: the preset[/dim]"),
-        ("", "[dim]a change answers the last prompt again[/dim]"),
+        ("", Text("as /loops 1,3,6 or /window 3:7,4:8; empty: the preset", "dim")),
+        ("", Text("a change answers the last prompt again", "dim")),
     )
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class Compare(Session):
         return {**super().commands(), **fields}
 
     def about(self) -> list[Row]:
-        title = ("model", f"[bold]{escape(self.title)}[/bold]")
+        title = ("model", Text(visible(self.title), "bold"))
         first, *rest = self._rows()
         return [title, ("compared", *first), *(("", *row) for row in rest)]
 
@@ -121,7 +121,7 @@ class Compare(Session):
         draws = out.is_terminal and not out.is_dumb_terminal and not self.as_json
         answers: list[Answer] = []
         live: Live | None = None
-        drawn = 0.0
+        next_picture = 0.0
         with ExitStack() as stack:
             stop = stack.enter_context(interruptible())
             progress = stack.enter_context(prompt_progress(asked.prefill_step_size, stop))
@@ -133,9 +133,12 @@ class Compare(Session):
                         live = stack.enter_context(
                             Live(console=out, screen=True, auto_refresh=False)
                         )
-                    if live and time.perf_counter() - drawn > SECONDS_BETWEEN_PICTURES:
+                    start = time.perf_counter()
+                    if live and start > next_picture:
                         live.update(Board(answers), refresh=True)
                         drawn = time.perf_counter()
+                        # Huge terminals take their time, but most of it is the answers'.
+                        next_picture = drawn + max(SECONDS_BETWEEN_PICTURES, 5 * (drawn - start))
                     if stop.is_set():
                         stream.close()
             except Interrupted:
@@ -152,11 +155,11 @@ class Compare(Session):
         }
         self.reports.append(report)
         if self.as_json:
-            print(json.dumps(report, ensure_ascii=False))
+            print(to_json(report))
         elif out.is_terminal:
             out.print(Board(answers) if answers else "")
         else:
-            out.print(Board(answers).plain(), markup=False, soft_wrap=True)
+            out.print(Board(answers).plain(), soft_wrap=True)
         if stop.is_set() and not self.as_json:
             out.print("stopped", style="yellow")
         return not stop.is_set()
@@ -202,22 +205,22 @@ class Compare(Session):
 
     @command("FILE", "answer each line of a file")
     def prompts(self, argument: str) -> None:
-        path = Path(needed(argument, "/prompts questions.txt")).expanduser()
+        path = path_of(needed(argument, "/prompts questions.txt"))
         for prompt in read_prompts(path):
-            out.print(prompt, style="green", markup=False)
+            out.print(prompt, style="green")
             if not self.answer(prompt):
                 break
 
     @command("FILE", "write the session, as JSON or (.md) Markdown")
     def save(self, argument: str) -> None:
-        path = Path(needed(argument, "/save session.json, or session.md")).expanduser()
+        path = path_of(needed(argument, "/save session.json, or session.md"))
         if path.suffix == ".md":
             text = markdown(self.reports)
         else:
-            text = json.dumps(self.reports, indent=2, ensure_ascii=False) + "\n"
+            text = to_json(self.reports, indent=2) + "\n"
         with whole_file(path) as file:
-            file.write_text(text)
-        out.print(f"{len(self.reports)} prompts saved to {path}", style="dim", markup=False)
+            file.write_bytes(text.encode())
+        out.print(f"{len(self.reports)} prompts saved to {path}", style="dim")
 
     def change(self, text: str, name: str) -> None:
         """`/FIELD A,B,...`: other values of a field; none: the preset's."""
@@ -248,11 +251,9 @@ class Compare(Session):
     def _show_settings(self) -> None:
         out.print(grid(self._rows()))
 
-    def _rows(self) -> list[tuple[str, str]]:
+    def _rows(self) -> list[Row]:
         return [
-            ("no loop", "")
-            if view.is_unlooped
-            else (escape(str(view.loop)), f"[dim]{extra_cost(view)}[/dim]")
+            ("no loop", "") if view.is_unlooped else (str(view.loop), Text(extra_cost(view), "dim"))
             for view in self.views()
         ]
 
@@ -263,15 +264,15 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         UserError: it cannot be read, or holds none.
     """
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        if path.suffix == ".jsonl":
-            lines = [json.loads(line)["messages"][-1]["content"] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"cannot read prompts from {path}: {error}") from error
-    if not lines:
+    prompts = [line.strip() for line in lines(read_text(path)) if line.strip()]
+    if path.suffix == ".jsonl":
+        with foreseen(f"cannot read prompts from {path}"):
+            prompts = [from_json(p, "a line")["messages"][-1]["content"] for p in prompts]
+            if not all(isinstance(prompt, str) for prompt in prompts):
+                raise TypeError("a message is no text")
+    if not prompts:
         raise UserError(f"{path} has no prompts in it: write one to a line")
-    return lines
+    return prompts
 
 
 def markdown(reports: Iterable[dict[str, Any]]) -> str:
@@ -282,7 +283,7 @@ def markdown(reports: Iterable[dict[str, Any]]) -> str:
             None if answer["loop"] is None else LoopConfig.from_dict(answer["loop"])
             for answer in report["answers"]
         ]
-        parts.append(f"# {report['model']}\n\n{_quoted(report['prompt'])}")
+        parts.append(f"# {in_markdown(report['model'])}\n\n{_quoted(report['prompt'])}")
         for title, answer in zip(names(loops, brief=True), report["answers"], strict=True):
             parts.append(f"## {title}\n\n{' · '.join(answer['notes'])}")
             parts.append(_quoted(answer["text"]))
@@ -290,4 +291,4 @@ def markdown(reports: Iterable[dict[str, Any]]) -> str:
 
 
 def _quoted(text: str) -> str:
-    return "\n".join(f"> {line}".rstrip() for line in text.splitlines() or [""])
+    return "\n".join(f"> {in_markdown(line)}".rstrip() for line in lines(text))

@@ -20,7 +20,7 @@ from ..measure.tasks import Task
 from ..models.looped import Looped
 from .fields import combinations
 from .options import axes_from, load_with_start
-from .terminal import err, plain_table, progress_bar
+from .terminal import busy, plain_table, progress_bar
 
 # Measures a task under views, as far as the results lack it; says whether it came to the end.
 Measure = Callable[..., bool]
@@ -35,7 +35,7 @@ def load_views(
         UserError: no setting loops, or as `load`.
     """
     axes = axes_from(args) or axes
-    with err.status(f"loading {args.model}"):
+    with busy("loading", args.model):
         model, tokenizer, start = load_with_start(args)
     views = distinct(model, combinations(start, axes))
     if len(views) < 2:

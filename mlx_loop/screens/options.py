@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -12,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..foreign import check_text, from_json, read_json, read_stdin
 from ..presets import RECIPES
 from ..settings import LoopConfig
 from .fields import SETTINGS, check_model, check_read, combinations, parse_setting, parse_settings
@@ -40,8 +40,28 @@ def add(
         return
     if default is not None:
         help_text += " (default: %(default)s)"
+    if flags.startswith("-"):
+        more.setdefault("action", Once)
     more |= {"type": kind, "metavar": metavar, "default": default, "help": help_text}
     group.add_argument(*flags.split(), **more)
+
+
+class Once(argparse.Action):
+    """Store a value, and refuse another one: of two, one would do nothing."""
+
+    given = False
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if self.given:
+            raise argparse.ArgumentError(self, "it is given twice")
+        self.given = True
+        setattr(namespace, self.dest, values)
 
 
 def number(kind: type, low: float, high: float, form: str) -> Callable[[str], Any]:
@@ -59,16 +79,23 @@ def number(kind: type, low: float, high: float, form: str) -> Callable[[str], An
     return parse
 
 
-positive = number(int, 1, math.inf, "a whole number from 1 up")
-from_zero = number(int, 0, math.inf, "a whole number from 0 up")
-temperature = number(float, 0, math.inf, "a number from 0 up")
+LARGEST = 2**53  # whole numbers up to it are exact in every type
+positive = number(int, 1, LARGEST, "a whole number from 1 up to 2^53")
+from_zero = number(int, 0, LARGEST, "a whole number from 0 up to 2^53")
 fraction = number(float, 0, 1, "a number from 0 to 1")
 
 
+def temperature(text: str) -> float:
+    """An argparse type: 0, or a temperature that does not make infinity of logits."""
+    value = number(float, 0, 1000, "0 or a number from 0.001 to 1000")(text)
+    return number(float, 0.001, 1000, "0 or a number from 0.001 to 1000")(text) if value else 0.0
+
+
 def json_object(text: str) -> dict[str, Any]:
+    """An argparse type: a JSON object."""
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = from_json(text, text)
+    except UserError:
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
@@ -278,8 +305,8 @@ def read_prompt(prompt: str | None) -> str:
         raise UserError('several machines cannot read one standard input: give --prompt "..."')
     if prompt is None and sys.stdin.isatty():
         raise UserError('there is no prompt: give --prompt "..." or pipe one in')
-    text = sys.stdin.read() if prompt in (None, "-") else prompt
-    assert text is not None
+    text = read_stdin() if prompt is None or prompt == "-" else prompt
+    check_text(text)
     if not text.strip():
         raise UserError('the prompt is empty: give --prompt "..." or pipe one in')
     return text
@@ -295,7 +322,12 @@ def add_template_config(parser: argparse._ActionsContainer) -> None:
     """--chat-template-config."""
     what = "more arguments for the chat template"
     parser.add_argument(
-        "--chat-template-config", type=json_object, default={}, metavar="JSON", help=what
+        "--chat-template-config",
+        type=json_object,
+        action=Once,
+        default={},
+        metavar="JSON",
+        help=what,
     )
 
 
@@ -384,7 +416,7 @@ def suggested_sampling(model: Looped) -> dict[str, float]:
     assert model.checkpoint is not None  # It was loaded from there.
     file = model.checkpoint.path / "generation_config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         if not config["do_sample"]:
             return {}
         names = {"temp": "temperature", "top_p": "top_p", "min_p": "min_p", "top_k": "top_k"}

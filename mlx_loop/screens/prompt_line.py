@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+from ..foreign import stdin_lines
 
 HISTORY = Path.home() / ".cache" / "mlx_loop"
 
@@ -47,7 +48,7 @@ def typed_lines(name: str, commands: Iterable[str], start: Callable[[], str]) ->
 
 def piped_lines() -> Iterator[str]:
     """The lines of standard input that are not empty."""
-    for line in sys.stdin:
+    for line in stdin_lines():
         if line.strip():
             yield line.strip()
 

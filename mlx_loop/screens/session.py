@@ -6,15 +6,16 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import INTERRUPTED, USER_ERROR, UserError
+from ..foreign import foreseen, one_line
 from .prompt_line import piped_lines, typed_lines
 from .terminal import err, is_interactive, out
 
-Row = tuple[str, ...]
+Row = tuple[str | Text, ...]
 LEAVE = ("quit", "exit", "bye", "q")
 
 
@@ -59,7 +60,7 @@ class Session:
         """Answer all that is typed or piped; the exit status."""
         interactive = is_interactive()
         if interactive:
-            keys = "[dim]/help for commands, Ctrl-C stops an answer, Ctrl-D leaves[/dim]"
+            keys = Text("/help for commands, Ctrl-C stops an answer, Ctrl-D leaves", "dim")
             title = f"mlx_loop {self.name}"
             rows = grid([*self.about(), ("", keys)])
             out.print(Panel(rows, title=title, title_align="left", expand=False))
@@ -79,7 +80,7 @@ class Session:
                     raise
                 out.print("stopped", style="yellow")
             except UserError as error:
-                err.print(f"{error}", style="red", markup=False)
+                err.print(one_line(error), style="red")
                 if not interactive:
                     return USER_ERROR
         return 0
@@ -92,7 +93,8 @@ class Session:
         word = "help" if word == "?" else word
         if word not in self.commands():
             raise UserError(f"unknown command /{word}; /help lists the commands")
-        self.commands()[word].run(self, argument.strip())
+        with foreseen(f"/{word}"):
+            self.commands()[word].run(self, argument.strip())
         return True
 
     def _take_line(self) -> str:
@@ -107,12 +109,12 @@ class Session:
     @command("", "this list")
     def help(self, _: str) -> None:
         rows = [
-            (f"[bold]/{word}[/bold] {escape(command.argument)}", command.help)
+            (Text.assemble((f"/{word}", "bold"), f" {command.argument}"), command.help)
             for word, command in self.commands().items()
             if command.help
         ]
-        leave = ("[bold]/bye[/bold]", "leave, as Ctrl-D does")
-        keys = ("[dim]Alt-Enter[/dim]", "[dim]a new line; so does \\ at the end of one[/dim]")
+        leave = (Text("/bye", "bold"), "leave, as Ctrl-D does")
+        keys = (Text("Alt-Enter", "dim"), Text("a new line; so does \\ at the end of one", "dim"))
         out.print(grid([*rows, leave, *self.hints, keys]))
 
 

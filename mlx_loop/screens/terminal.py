@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm.generate import GenerationResponse
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,9 +20,13 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from ..checkpoints.memory import trained_length
+from ..foreign import visible
 from ..generation.conversation import Interrupted
 from ..method.loop import layer_passes
 from ..models.looped import Looped
@@ -31,15 +35,41 @@ from ..settings import LoopConfig
 PIPE_WIDTH = 10_000
 
 
-def _console(stderr: bool = False) -> Console:
+class Screen(Console):
+    """A console that takes no text for markup, and shows controls instead of obeying them."""
+
+    def __init__(self, **options: Any):
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        # Here already, because rich drops some controls silently.
+        return super().render_str(visible(text), **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            shown = segment.control or segment.text.isprintable()
+            yield segment if shown else segment._replace(text=visible(segment.text))
+
+    def on_broken_pipe(self) -> None:
+        raise  # What rich has caught; `main` knows what to do.
+
+
+def _console(stderr: bool = False) -> Screen:
     """As wide as the terminal; a file or pipe has no width, so nothing is wrapped there."""
-    console = Console(stderr=stderr, highlight=False)
+    console = Screen(stderr=stderr)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     return console
 
 
 out, err = _console(), _console(stderr=True)
+
+
+def busy(what: str, name: str = "") -> Status:
+    """What is being done, and to what, while it takes time."""
+    return err.status(Text(f"{what} {visible(name)}"))
 
 
 def is_interactive() -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...errors import UserError
+from ...foreign import path_of
 from .choices import ChatChoices, Choices
 from .questions import QUESTIONS, Questions
 from .task import Task, joined, named
@@ -61,7 +62,7 @@ def files_of(names: Sequence[str]) -> list[Path]:
     """The files that names stand for; `demo` alone is the questions that ship with mlx_loop."""
     if list(names) == ["demo"]:
         return [QUESTIONS]
-    return [Path(split_name(name)[1]).expanduser() for name in names]
+    return [path_of(split_name(name)[1]) for name in names]
 
 
 def read_tasks(

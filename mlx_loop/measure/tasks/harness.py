@@ -45,6 +45,8 @@ class Harness(Task):
     tokenizer: str = ""
     template: Mapping[str, Any] = field(default_factory=dict)
 
+    numbers = ()
+
     @property
     def items(self) -> Sequence[Row]:  # type: ignore[override]
         return [{"item": f"lm_eval:{task}"} for task in self.tasks]

@@ -26,9 +26,10 @@ from typing import Any, NamedTuple
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...errors import UserError
+from ...foreign import from_json, lines, read_text
 from ...generation.prefill import PREFILL_STEP
 from ...generation.prompt import render
-from ..results import Row, read_text
+from ..results import Row
 from .task import Answers
 
 DATA = Path(__file__).parent
@@ -586,9 +587,9 @@ def _documents_task(rng: random.Random, length: int, index: int, sources: Source
 
 def _read_questions(path: Path) -> list[dict[str, Any]]:
     questions = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(lines(read_text(path)), 1):
         try:
-            question = json.loads(line)
+            question = from_json(line, "")
             lists = [question["answers"], question["documents"]]
             texts = [question["question"], *lists[0], *lists[1]]
             ok = all(isinstance(of, list) and of for of in lists)

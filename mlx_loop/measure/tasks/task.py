@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -11,10 +10,11 @@ from typing import Any, ClassVar, NamedTuple
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...errors import UserError
+from ...foreign import from_json, lines, read_text
 from ...generation.batch import answer_batch
 from ...generation.prefill import PREFILL_STEP
 from ...models.looped import Looped
-from ..results import Row, read_text
+from ..results import Row
 
 # Settings that answer at the same time, which bounds the memory that their caches take.
 TOGETHER = 8
@@ -75,6 +75,11 @@ class Task:
     better: int = 1
     unit: str = "%"
     no_choice: ClassVar[str | None] = None
+
+    @property
+    def numbers(self) -> Sequence[str]:
+        """The numbers that each of its results has."""
+        return (self.score, *self.also, *(score.name for score in self.beside))
 
     @classmethod
     def read(cls, path: Path, tokenizer: TokenizerWrapper, limit: int | None, **asked: Any) -> Task:
@@ -170,12 +175,12 @@ def read_items(path: Path, limit: int | None, form: str, parse: Callable[[Any], 
         UserError: it cannot be read, or a line is not of the form.
     """
     items = []
-    for number, line in enumerate(read_text(path).splitlines()):
+    for number, line in enumerate(lines(read_text(path))):
         if not line.strip():
             continue
         try:
-            items.append({"item": number, **parse(json.loads(line))})
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            items.append({"item": number, **parse(from_json(line, ""))})
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"line {number + 1} of {path} is not {form}") from error
     return spread(items, limit, path)
 

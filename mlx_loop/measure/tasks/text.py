@@ -10,12 +10,14 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ...generation.prompt import encode
+from ...foreign import read_text
+from ...generation.prompt import check_tokens, encode
+from ...generation.sampling import check_finite
 from ...models.looped import Looped
 from ...models.together import logits, states
 from ..comparison import CHUNK, kl
 from ..likelihood import log_probabilities
-from ..results import Row, read_text
+from ..results import Row
 from .task import Found, Task, place, spread
 
 # Tokens of a text that are read at a time; each such piece is an item.
@@ -52,12 +54,13 @@ class Text(Task):
         """Layers below the windows are computed once for all views."""
         base = [] if views[0].is_unlooped else [views[0].with_loop(None)]
         for item in items:
+            check_tokens(views[0], item["tokens"])
             tokens = mx.array(item["tokens"])[None]
             found = states([*base, *views], tokens)
-            yield [
-                Found(i, [place(item) | _loss(views[0], state, found[0], tokens)])
-                for i, state in enumerate(found[len(base) :])
-            ]
+            losses = [_loss(views[0], state, found[0], tokens) for state in found[len(base) :]]
+            for view, loss in zip(views, losses, strict=True):
+                check_finite(view.loop, mx.array([*loss.values()]))
+            yield [Found(i, [place(item) | loss]) for i, loss in enumerate(losses)]
 
 
 def _loss(model: Looped, state: mx.array, base: mx.array, tokens: mx.array) -> Row:

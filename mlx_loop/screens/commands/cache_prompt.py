@@ -29,11 +29,12 @@ def run(args: argparse.Namespace) -> int:
     from ...generation.conversation import Interrupted
     from ...generation.generate import make_prompt_cache
     from ...generation.prompt import check_prompt, opening
-    from ...generation.prompt_cache import save_prompt_cache
-    from ..terminal import err, interruptible, prompt_progress
+    from ...generation.prompt_cache import cache_path, save_prompt_cache
+    from ..terminal import busy, err, interruptible, prompt_progress
 
+    file = cache_path(args.prompt_cache_file)
     prompt = read_prompt(args.prompt)
-    with err.status(f"loading {args.model}"):
+    with busy("loading", args.model):
         model, tokenizer = load_from(args)
     tokens = opening(tokenizer, prompt)
     cache = make_prompt_cache(model, args.max_kv_size)
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         except Interrupted:
             return INTERRUPTED
     source = {"model": args.model}
-    save_prompt_cache(args.prompt_cache_file, cache, model, source, holds_no_answer=True)
+    save_prompt_cache(file, cache, model, source, holds_no_answer=True)
     size = sum(entry.nbytes for entry in cache)
     err.print(f"{len(tokens)} tokens, {size / 1e6:.1f} MB, in {args.prompt_cache_file}")
     return 0

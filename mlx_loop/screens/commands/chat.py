@@ -29,9 +29,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ...generation.conversation import Conversation
     from ..chat_session import Chat
-    from ..terminal import err
+    from ..terminal import busy, err
 
-    with err.status(f"loading {args.model}"):
+    with busy("loading", args.model):
         model, tokenizer = load_from(args)
         suggested = {} if sampling_given(args) else suggested_sampling(model)
         vars(args).update(suggested)
@@ -46,4 +46,6 @@ def run(args: argparse.Namespace) -> int:
         max_kv_size=args.max_kv_size,
         template=args.chat_template_config,
     )
-    return Chat(conversation, args.model, generation).serve()
+    chat = Chat(conversation, args.model, generation)
+    chat.tell_of_system()
+    return chat.serve()

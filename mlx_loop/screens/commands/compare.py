@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..compare_session import Asked, Compare
-    from ..terminal import err, is_interactive
+    from ..terminal import busy, is_interactive
 
     axes = options.axes_from(args)
     extra = [parse_config(text) for text in args.setting or []]
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = None if args.prompt is None else read_prompt(args.prompt)
     if not axes and not extra:
         axes = {"loops": DEFAULT_LOOPS}
-    with err.status(f"loading {args.model}"):
+    with busy("loading", args.model):
         model, tokenizer, start = options.load_with_start(args)
         asked = Asked(
             max_tokens=args.max_tokens,

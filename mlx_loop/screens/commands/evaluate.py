@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import INTERRUPTED
+from ...files import check_file
+from ...foreign import path_of
 from .. import options
 from ..options import add, fraction, from_zero, positive, refuse
 
@@ -95,14 +97,14 @@ def run(args: argparse.Namespace) -> int:
     from ...measure.outcome import HEADER, conclusion, outcomes, rows
     from ...measure.report import beside, write
     from ...measure.results import fingerprint
-    from ...measure.study import Study, examples
+    from ...measure.study import RESULTS, Study, examples
     from ...measure.tasks import split_name
     from ...measure.tasks.ruler import SEED, Sources
     from ..measuring import load_views, measuring, table
     from ..terminal import err, out
 
     lengths, include_path = args.lengths or [4096], _path(args.include_path)
-    files = {name: Path(split_name(name)[1]).expanduser() for name in names}
+    files = {name: path_of(split_name(name)[1]) for name in names}
     study = Study(
         model=args.model,
         tasks=ours,
@@ -119,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
         prefill_step_size=options.prefill_step_from(args),
         files={name: fingerprint(path) for name, path in files.items()},
     )
-    folder = Path(args.out).expanduser()
+    folder = path_of(args.out)
+    check_file(folder / RESULTS)
     views, tokenizer = load_views(args, DEFAULT_AXES)
     place = str(find(args.model))
     others = other_tasks(study, tokenizer, files, theirs, lengths, place, include_path)
@@ -138,9 +141,9 @@ def run(args: argparse.Namespace) -> int:
     out.print(conclusion(found, len(scores.problems)))
     for title, of in beside(folder).items():
         out.print(f"\n{title}, {of.unit}", table(HEADER, rows(outcomes(of), layers)))
-    err.print(f"the whole report: {page}", markup=False, soft_wrap=True)
+    err.print(f"the whole report: {page}", soft_wrap=True)
     return 0 if finished else INTERRUPTED
 
 
 def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text).expanduser()
+    return None if text is None else path_of(text)

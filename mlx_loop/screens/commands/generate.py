@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
 from ...errors import INTERRUPTED, UserError
+from ...foreign import to_json
 from .. import options
 from ..options import DRAFTS, generation_from, load_from, read_prompt, refuse, render_prompt
 
@@ -36,9 +36,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ...generation.generate import stream_generate
-    from ...generation.prompt import rest
+    from ...generation.prompt import check_room, rest
     from ...generation.prompt_cache import load_prompt_cache
-    from ..terminal import err, numbers, out, stream
+    from ..terminal import busy, err, numbers, out, stream
 
     # Of several machines the first one speaks.
     out.quiet = err.quiet = os.environ.get("MLX_RANK", "0") != "0"
@@ -54,12 +54,13 @@ def run(args: argparse.Namespace) -> int:
         refuse(args, ("max_kv_size",), "with --prompt-cache-file, which keeps the size it has")
     prompt = read_prompt(args.prompt)
     cache = None
-    with err.status(f"loading {args.model}"):
+    with busy("loading", args.model):
         model, tokenizer = load_from(args)
         settings = generation_from(args, tokenizer)
         if args.prompt_cache_file is not None:
             cache, _ = load_prompt_cache(args.prompt_cache_file, model)
             tokens = rest(tokenizer, prompt, args.chat_template_config)
+            check_room(cache, tokens)
         else:
             tokens = render_prompt(args, tokenizer, prompt)
 
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         show,
     )
     if args.json and not out.quiet:
-        print(json.dumps(_report(args.model, model, answer), ensure_ascii=False))
+        print(to_json(_report(args.model, model, answer)))
     else:
         out.print()
         if answer.last is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
-from pathlib import Path
 
+from ...foreign import path_of
 from ..options import add, add_loop_options, apply_loop, positive
 
 SUMMARY = "say what a model needs of memory, and which Mac has it"
@@ -29,11 +29,11 @@ def run(args: argparse.Namespace) -> int:
     from ...checkpoints.hub import cached, hollow
     from ...checkpoints.loading import DEMOS, find, open_checkpoint
     from ..plan_tables import show
-    from ..terminal import err
+    from ..terminal import busy
 
     with ExitStack() as stack:
-        with err.status(f"reading what {args.model} says of itself"):
-            local = args.model in DEMOS or Path(args.model).expanduser().exists()
+        with busy("reading the headers of", args.model):
+            local = args.model in DEMOS or path_of(args.model).exists()
             is_repo = not local and args.model.count("/") == 1 and args.model[0] not in "./~"
             path = cached(args.model) if is_repo else find(args.model)
             path = path or stack.enter_context(hollow(args.model))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import signal
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...files import check_new
+from ...foreign import path_of, read_text
 from .. import options
 from ..options import add, apply_loop, number, refuse
 
@@ -26,7 +25,7 @@ Plain mlx-lm and LM Studio load the folder as the un-looped model."""
 def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_model_name(parser)
     add(parser, "--mlx-path", "the folder to write", str, "DIR", "mlx_model")
-    add(parser, "--force", "replace the folder if it exists")
+    add(parser, "--force", "replace the folder if it exists and is a checkpoint")
     add(parser, "--dry-run", "say what would be written")
     options.add_trust(parser)
     group = parser.add_argument_group("quantisation")
@@ -54,25 +53,25 @@ def run(args: argparse.Namespace) -> int:
     from ...checkpoints.loading import find, load_tokenizer, open_checkpoint, quantization_for
     from ...checkpoints.memory import bits_per_weight, weights_bytes
     from ...checkpoints.quantise import TOLERANCE
-    from ...checkpoints.saving import quantize
+    from ...checkpoints.saving import check_checkpoint, quantize
     from ...checkpoints.sensitivity import encode
-    from ..terminal import err, out, progress_bar
+    from ..terminal import busy, out, progress_bar
 
     quantization = quantization_from(args)
     if quantization.recipe != "budget":
         refuse(args, ("calibration",), "without the recipe budget")
-    path = Path(args.mlx_path)
+    path = path_of(args.mlx_path)
     if not args.dry_run:
         check_new(path, args.force, "replace it with --force")
-    # Whoever ends the program ends it as Ctrl-C does: nothing half written stays.
-    signal.signal(signal.SIGTERM, _interrupt)
-    with err.status(f"opening {args.model}"):
+        if path.exists():
+            check_checkpoint(path)
+    text = read_text(path_of(args.calibration)) if args.calibration is not None else None
+    with busy("opening", args.model):
         source = find(args.model)
         model = open_checkpoint(source)
         apply_loop(args, model)
         tokens = None
         if quantization.recipe == "budget":
-            text = Path(args.calibration).read_text() if args.calibration else None
             tokenizer = load_tokenizer(source, {"trust_remote_code": args.trust_remote_code})
             tokens = encode(tokenizer, text)
     with progress_bar("layers,") as bar:
@@ -133,7 +132,3 @@ def table(model: Any, chosen: Any, before: int, size: int, bits: float) -> None:
         f"{before / 1e9:.3f} GB become {size / 1e9:.3f} GB, {bits:.3f} bits per weight; "
         f"loop {'off' if model.loop is None else model.loop}"
     )
-
-
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt

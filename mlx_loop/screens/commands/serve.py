@@ -65,9 +65,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.draft not in (None, *options.DRAFTS):
         raise UserError("a server drafts without a second model: use --draft self or lookup")
-    from ..terminal import err
+    from ..terminal import busy, err
 
-    with err.status(f"loading {args.model}"):
+    with busy("loading", args.model):
         server = open_server(args)
     from ..serve.server import serve
 

@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import INTERRUPTED, UserError
+from ...files import check_file
+from ...foreign import path_of
 from ...settings import LoopConfig
 from .. import options
 from ..options import add, positive
@@ -63,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ...measure.outcome import best, conclusion, held_out, outcomes, said_held_out
-    from ...measure.plots import draw_windows, save
+    from ...measure.plots import check, draw_windows, save
     from ...measure.results import Results, fingerprint
     from ...measure.study import complete, gather
     from ...measure.tasks import FROM_FILES, files_of, kind_of, read_tasks, split_names
@@ -82,6 +83,10 @@ def run(args: argparse.Namespace) -> int:
     asked = {name: getattr(args, option) for name, option in ASKED.items() if name in kind.reads}
     asked = {name: value for name, value in asked.items() if value is not None}
     data = [fingerprint(path) for path in files_of(names)]
+    out_file = path_of(args.out)
+    check_file(out_file)
+    if args.plot is not None:
+        check(path_of(args.plot))
     views, tokenizer = load_views(args, DEFAULT_AXES)
     task = read_tasks(names, tokenizer, args.limit, **asked)
     header = {
@@ -92,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         **{name: getattr(task, name, None) for name in ASKED if name != "batch"},
         "measure": "task" if of_kind == "questions" else of_kind,
     }
-    results = Results.open(Path(args.out).expanduser(), header)
+    results = Results.open(out_file, header)
     with measuring() as (_, measure):
         finished = measure(f"{len(views)} settings", views, tokenizer, task, results)
     items = complete(views, task, results)
@@ -127,8 +132,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         what = "right answers" if task.score == "right" else task.score
         draw = partial(draw_windows, found, f"{args.model}: {what}")
-        files = save(Path(args.plot).expanduser(), draw)
-        err.print(f"drawn in {files[0]} and, for dark pages, {files[1]}", markup=False)
+        files = save(path_of(args.plot), draw)
+        err.print(f"drawn in {files[0]} and, for dark pages, {files[1]}")
     if args.best:
         held = held_out(scores, 0.5)
         for line in said_held_out(held, others, 0.5):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...foreign import path_of, to_json
 from .. import options
 from ..options import OF_ANSWERS, load_from, read_prompt, refuse, render_prompt
 
@@ -38,22 +37,24 @@ COLOURS = {"converging": "green", "drifting": "yellow", "diverging": "red"}
 
 def run(args: argparse.Namespace) -> int:
     from ...measure.library import trace
-    from ...measure.plots import save
-    from ..terminal import err
+    from ...measure.plots import check, save
+    from ..terminal import busy, err
 
     refuse(args, OF_ANSWERS, "in a trace, in which all tokens loop")
+    if args.plot is not None:
+        check(path_of(args.plot))
     prompt = read_prompt(args.prompt)
-    with err.status(f"loading {args.model}"):
+    with busy("loading", args.model):
         model, tokenizer = load_from(args)
-    with err.status("tracing"):
+    with busy("tracing"):
         traced = trace(model, tokenizer, render_prompt(args, tokenizer, prompt))
     if args.json:
-        print(json.dumps({"model": args.model, **traced.to_dict()}, ensure_ascii=False))
+        print(to_json({"model": args.model, **traced.to_dict()}))
     else:
         show(traced, args.tokens)
     if args.plot is not None:
-        files = save(Path(args.plot).expanduser(), traced.draw)
-        err.print(f"drawn in {files[0]} and, for dark pages, {files[1]}", markup=False)
+        files = save(path_of(args.plot), traced.draw)
+        err.print(f"drawn in {files[0]} and, for dark pages, {files[1]}")
     return 0
 
 
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
 def show(traced: Trace, tokens: bool) -> None:
     """The medians over tokens for each pass, the verdict, and if wanted a line for each token."""
+    from rich.text import Text
+
     from ..measuring import table
     from ..terminal import describe, out
 
@@ -77,10 +80,10 @@ def show(traced: Trace, tokens: bool) -> None:
     for loop in traced.loops:
         where = f"{loop.where}: " if len(traced.loops) > 1 else ""
         colour = COLOURS.get(loop.verdict, "dim")
-        out.print(f"{where}[{colour}]{loop.verdict}[/{colour}]: {loop.reason}")
+        out.print(Text.assemble(where, (loop.verdict, colour), f": {loop.reason}"))
     if len(traced.loops) > 1:
         colour = COLOURS.get(traced.verdict, "dim")
-        out.print(f"in all [{colour}]{traced.verdict}[/{colour}]")
+        out.print(Text.assemble("in all ", (traced.verdict, colour)))
 
 
 def _tokens(traced: Trace) -> Table:

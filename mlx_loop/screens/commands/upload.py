@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ...errors import UserError
+from ...foreign import one_line, path_of
 from ..options import add
 
 SUMMARY = "share a saved or quantised model on the Hugging Face hub"
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from ...checkpoints.whole import check_whole
     from ..terminal import out
 
-    folder = Path(args.path)
+    folder = path_of(args.path)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give one that mlx_loop has written")
     check_whole(folder, read_config(folder))
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     except (HubError, HFValidationError, OSError) as error:
         refused = isinstance(error, HfHubHTTPError | HFValidationError | LocalTokenNotFoundError)
         todo = "check the name and run `hf auth login`" if refused else "check the network"
-        reason = str(error).partition("\n")[0]
+        reason = one_line(error)
         raise UserError(f"cannot upload to {args.upload_repo} ({reason}): {todo}") from error
     out.print(f"{folder} is at {page}")
     return 0
