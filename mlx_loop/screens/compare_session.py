@@ -130,6 +130,9 @@ class Compare(Session):
                 for answers in stream:
                     if live is None and draws:
                         # A screen of its own survives whatever happens to the terminal's size.
+                        # Before it starts: a signal may come while it does.
+                        stack.callback(out.show_cursor)
+                        stack.callback(out.set_alt_screen, False)
                         live = stack.enter_context(
                             Live(console=out, screen=True, auto_refresh=False)
                         )
