@@ -44,7 +44,7 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("place")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def folder(place):
     """A new, empty folder each time; and the end of the time that there is."""
     end = time.monotonic() + SECONDS
