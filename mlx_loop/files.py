@@ -116,13 +116,15 @@ def check_space(folder: Path, path: Path, size: int) -> None:
     """Refuse to begin what the disk of `folder` has no room for.
 
     Args:
+        folder: where it will be; it need not be there yet.
         path: what the user called it.
         size: bytes.
 
     Raises:
         UserError: too little is free.
     """
-    free = shutil.disk_usage(folder).free
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
     if free < size:
         raise UserError(
             f"{path} needs {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on that disk"

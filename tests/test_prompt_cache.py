@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import namedtuple
 from dataclasses import replace
+from importlib import import_module
 
 import mlx.core as mx
 import pytest
@@ -10,6 +13,7 @@ from conftest import tokens
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
+from mlx_loop.screens.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +118,15 @@ def test_the_beginning_of_a_plain_prompt_fits_every_setting_that_leaves_it_plain
     for loop in (LoopConfig(loops=4), LoopConfig(loops=4, prompt="plain", cache="last")):
         with pytest.raises(UserError, match="--loop-prompt plain"):
             mlx_loop.load_prompt_cache(path, model.with_loop(loop))
+
+
+def test_too_little_disk_is_noticed_before_the_prompt_is_processed(tmp_path, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 5, 5))
+    generation = import_module("mlx_lm.generate")
+    monkeypatch.setattr(generation, "generate_step", lambda *_, **__: pytest.fail("too late"))
+    file = tmp_path / "new" / "cache.safetensors"
+    words = ["cache_prompt", "--prompt", "What is 12 + 30?", "--prompt-cache-file", str(file)]
+    assert main(words) == 2
+    assert "GB are free" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
+    from ...checkpoints.memory import Footprint
+    from ...files import check_space
     from ...generation.conversation import Interrupted
     from ...generation.generate import make_prompt_cache
     from ...generation.prompt import check_prompt, opening
@@ -40,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     cache = make_prompt_cache(model, args.max_kv_size)
     kv = kv_from(args)
     check_prompt(model, tokens, cache, args.max_kv_size, kv["kv_bits"], kv["kv_group_size"])
+    size = Footprint(model, fused=True).cache(len(tokens), kv["kv_bits"], kv["kv_group_size"])
+    check_space(file.parent, file, size)
     step = prefill_step_from(args)
     with interruptible() as stop, prompt_progress(step, stop) as progress:
         steps = generate_step(
