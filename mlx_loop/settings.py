@@ -292,7 +292,9 @@ class LoopConfig:
         """The inverse of `to_json`."""
         try:
             return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"loop settings are not valid JSON: {error}") from error
 
     def __str__(self) -> str:
@@ -387,7 +389,16 @@ def check_order(window: object, pairs: Sequence[Any]) -> None:
 
 
 def _wrong(name: str, value: object, allowed: str) -> UserError:
-    return UserError(f"{name}={value!r} is not valid: {name} must be {allowed}")
+    return UserError(f"{name}={shown(value)} is not valid: {name} must be {allowed}")
+
+
+def shown(value: object) -> str:
+    """A value as people wrote it, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write down whole numbers of thousands of digits.
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from mlx_loop import LoopConfig
+from mlx_loop import LoopConfig, UserError
 from mlx_loop.integrators import INTEGRATORS
 from mlx_loop.settings import INTEGRATOR_FIELDS
 
@@ -146,3 +146,14 @@ def test_one_window_in_a_list_is_that_window():
 def test_it_prints_as_one_readable_line():
     text = str(LoopConfig(window=(15, 19), loops=3, integrator="anchored", beta=0.5))
     assert text == "anchored, 3 loops of [15,19), beta 0.5"
+
+
+@pytest.mark.parametrize("digits", [61, 400, 6000])
+def test_a_number_of_many_digits_is_one_short_line(digits):
+    for make in (
+        lambda: LoopConfig(loops=10**digits),
+        lambda: LoopConfig.from_json(f'{{"loops": {"9" * digits}}}'),
+    ):
+        with pytest.raises(UserError) as found:
+            make()
+        assert len(str(found.value)) < 300

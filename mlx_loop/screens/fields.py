@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..integrators import INTEGRATORS
 from ..presets import resolve
-from ..settings import CHOICES, INTEGRATOR_FIELDS, Guard, LoopConfig
+from ..settings import CHOICES, INTEGRATOR_FIELDS, Guard, LoopConfig, shown
 
 if TYPE_CHECKING:
     from ..models.looped import Looped
@@ -44,7 +44,7 @@ def parse_setting(name: str, text: str) -> Any:
     try:
         return setting.parse(text)
     except ValueError as error:
-        raise UserError(f"{name} {text!r} is not valid: write {setting.form}") from error
+        raise UserError(f"{name} {shown(text)} is not valid: write {setting.form}") from error
 
 
 # Their values have commas in them, so several values have semicolons between.
