@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from rich.text import Text
+
 from ..checkpoints.macs import BANDWIDTH, SIZES
 from ..checkpoints.memory import GIB, Footprint, usable
 from ..checkpoints.quantise import Quantization, choose, is_quantised
@@ -71,12 +73,12 @@ def _print_answer(footprints: dict[str, Footprint], ram: int) -> None:
     fits = {name: f for name, f in footprints.items() if f.longest(limit) >= room}
     if fits:
         name, footprint = next(iter(fits.items()))
-        out.print(
-            f"[green]Fits on {ram} GB[/green]: {name} ({_size(footprint.weights)}), with room for "
-            f"{_tokens(footprint.longest(limit))} tokens."
-        )
+        how = f": {name} ({_size(footprint.weights)}), with room for "
+        how += f"{_tokens(footprint.longest(limit))} tokens."
+        out.print(Text.assemble((f"Fits on {ram} GB", "green"), how))
     else:
-        out.print(f"[red]Does not fit on {ram} GB[/red] with room for {room} tokens.")
+        no = (f"Does not fit on {ram} GB", "red")
+        out.print(Text.assemble(no, f" with room for {room} tokens."))
     smallest = {n: _smallest(f, room) for n, f in footprints.items() if n in TOLD}
     words = [f"{n} from {size} GB" for n, size in smallest.items() if size]
     out.print(f"Macs with room for {room} tokens: {', '.join(words) or 'none'}.")

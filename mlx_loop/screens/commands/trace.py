@@ -71,7 +71,7 @@ def show(traced: Trace, tokens: bool) -> None:
     out.print(f"loop {describe(traced.loop)}, {len(traced.tokens)} tokens", style="dim")
     for loop in traced.loops:
         passes = loop.table()
-        out.print(f"[italic]{loop.where}, medians over tokens[/italic]")
+        out.print(f"{loop.where}, medians over tokens", style="italic")
         out.print(table(passes.header, passes.rows))
     if tokens:
         out.print(_tokens(traced))
