@@ -19,7 +19,7 @@ from mlx_loop.checkpoints.loading import DEMOS
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ROOT / "mlx_loop" / "demo" / "questions.jsonl"
 SKILLS = ("facts", "two_hop", "fallback", "repeat")
-EACH = 10  # questions of each skill
+EACH = 6  # questions of each skill
 
 
 @pytest.fixture(scope="module", params=list(DEMOS))
