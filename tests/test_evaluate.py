@@ -173,3 +173,13 @@ def test_bad_input_is_one_line_status_2_and_no_study(tmp_path, capsys, options, 
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_ctrl_c_before_the_first_answer_is_no_error(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_loop.screens.measuring.run", interrupted)
+    words = ["--tasks", "niah_single_1", "--lengths", "384", "--limit", "1", "--out", str(tmp_path)]
+    assert main(["evaluate", *words]) == 130
+    assert capsys.readouterr().err.strip().endswith("the same command goes on from here")

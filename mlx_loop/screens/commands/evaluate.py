@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ...errors import INTERRUPTED
+from ...errors import INTERRUPTED, UserError
 from ...files import check_file
 from ...foreign import path_of
 from .. import options
@@ -135,7 +135,12 @@ def run(args: argparse.Namespace) -> int:
     if not finished:
         err.print("stopped; the same command goes on from here", style="yellow")
     layers = len(views[0].layers)
-    scores, page = write(folder, layers, args.holdout, args.reference)
+    try:
+        scores, page = write(folder, layers, args.holdout, args.reference)
+    except UserError:
+        if finished:
+            raise
+        return INTERRUPTED  # There is nothing to report yet.
     found = outcomes(scores)
     out.print(table(HEADER, rows(found, layers)))
     out.print(conclusion(found, len(scores.problems)))
