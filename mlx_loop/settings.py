@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UserError
+from .foreign import from_json
 from .integrators import INTEGRATORS
 
 # The fields that only some integrators read, and which those are.
@@ -290,12 +291,7 @@ class LoopConfig:
     @classmethod
     def from_json(cls: type[Given], text: str) -> Given:
         """The inverse of `to_json`."""
-        try:
-            return cls.from_dict(json.loads(text))
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"loop settings are not valid JSON: {error}") from error
+        return cls.from_dict(from_json(text, "a loop setting"))
 
     def __str__(self) -> str:
         """A short line for people, of what is not plain: `anchored, 3 loops of [4,8), beta 0.5`."""

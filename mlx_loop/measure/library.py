@@ -26,7 +26,7 @@ from . import comparison, report
 from . import trace as inside
 from .evaluation import carry_out, other_tasks, parse_tasks
 from .results import Results, fingerprint
-from .study import Study, examples, gather, run
+from .study import Study, examples, extent, gather, run
 from .tables import Comparison, Measured
 from .tasks import FROM_FILES, Task, files_of, kind_of, read_tasks, split_name, split_names
 from .tasks.ruler import SEED, Sources
@@ -111,9 +111,7 @@ def sweep(
     Raises:
         UserError: no setting loops, a file cannot be read, or something the task does not read.
     """
-    views = _views(model, settings)
-    if len(views) < 2:
-        raise UserError("there is no looped setting to compare: give one with 2 loops or more")
+    views = _looped(model, settings)
     given = {"max_tokens": max_tokens, "system": system, "template": template, "batch": batch}
     asked = {name: value for name, value in given.items() if value is not None}
     header: dict[str, Any] = {"model": _name(model)}
@@ -166,9 +164,7 @@ def evaluate(
     Raises:
         UserError: no setting loops, an unknown task, or a length that is too short for one.
     """
-    views = _views(model, settings)
-    if len(views) < 2:
-        raise UserError("there is no looped setting to compare: give one with 2 loops or more")
+    views = _looped(model, settings)
     ours, theirs, named = parse_tasks(tasks if isinstance(tasks, str) else ",".join(tasks))
     files = {name: path_of(split_name(name)[1]) for name in named}
     asked = Study(
@@ -203,8 +199,7 @@ def _measure(progress: bool) -> Callable[..., bool]:
         results: Results,
         seconds: Path | None = None,
     ) -> bool:
-        done = sum(results.has(view.loop, item) for view in views for item in task.items)
-        total = len(views) * len(task.items)
+        total, done = extent(views, task, results)
         bar = tqdm(total=total, initial=done, desc=title, leave=False, disable=not progress)
         with bar:
             run(views, tokenizer, task, results, bar.update, seconds)
@@ -217,6 +212,13 @@ def _views(model: Looped, settings: Settings) -> list[Looped]:
     _check(model)
     several = isinstance(settings, Sequence) and not isinstance(settings, str)
     return comparison.distinct(model, cast(Sequence[LoopLike], settings if several else [settings]))
+
+
+def _looped(model: Looped, settings: Settings) -> list[Looped]:
+    views = _views(model, settings)
+    if len(views) < 2:
+        raise UserError("there is no looped setting to compare: give one with 2 loops or more")
+    return views
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

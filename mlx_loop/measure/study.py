@@ -60,6 +60,12 @@ def run(
             advance(done)
 
 
+def extent(views: Sequence[Looped], task: Task, results: Results) -> tuple[int, int]:
+    """How many answers a task takes under the views, and how many of them there are."""
+    done = sum(results.has(view.loop, item) for view in views for item in task.items)
+    return len(views) * len(task.items), done
+
+
 def complete(views: Sequence[Looped], task: Task, results: Results) -> list[Row]:
     """The items that have a result of every setting."""
     return [

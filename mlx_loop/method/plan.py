@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -112,13 +112,16 @@ def _later(combination: Combination, stages: int) -> Combination:
 def compiled(step: Tableau) -> Plan:
     """The plan of a tableau that is written out."""
     count = len(step.b)
-    at_hand = _AtHand()
+    # By their last f, so that an elimination looks at the few that can help.
+    at_hand: dict[int, list[tuple[int, Row]]] = defaultdict(list)
     stages: list[Combination | None] = []
     for i, row in enumerate(step.a):
         padded = row + (ZERO,) * (count - len(row))
         stages.append(_combination(_express(padded, at_hand, step) if i else {input_of(0): 1}))
-        at_hand.add(input_of(i), padded)
-        at_hand.add(output_of(i), (*padded[:i], padded[i] + 1, *padded[i + 1 :]))
+        last = max((column for column, x in enumerate(padded) if x), default=-1)
+        at_hand[last].append((input_of(i), padded))
+        # A stage is made of the f's before its own.
+        at_hand[i].append((output_of(i), (*padded[:i], padded[i] + 1, *padded[i + 1 :])))
     looped = _express(step.b, at_hand, step)
     blend = {state: (1 - step.anchor) * c for state, c in looped.items()}
     blend[output_of(0)] = blend.get(output_of(0), 0) + step.anchor
@@ -137,18 +140,9 @@ def _combination(terms: Mapping[int, Fraction | int]) -> Combination:
     return Combination(tuple(float(terms[state]) for state in states), states)
 
 
-class _AtHand:
-    """Rows of states by their last f, so that an elimination looks at the few that can help."""
-
-    def __init__(self) -> None:
-        self.ending: dict[int, list[tuple[int, Row]]] = defaultdict(list)
-
-    def add(self, state: int, row: Row) -> None:
-        last = max((column for column, x in enumerate(row) if x), default=-1)
-        self.ending[last].append((state, row))
-
-
-def _express(target: Row, at_hand: _AtHand, step: Tableau) -> dict[int, Fraction]:
+def _express(
+    target: Row, at_hand: Mapping[int, Sequence[tuple[int, Row]]], step: Tableau
+) -> dict[int, Fraction]:
     """`target` in few of the states at hand: greedy elimination of f's, the last one first."""
     terms: dict[int, Fraction] = {}
     rest, x0_weight = target, Fraction(1)
@@ -156,7 +150,7 @@ def _express(target: Row, at_hand: _AtHand, step: Tableau) -> dict[int, Fraction
         if not rest[column]:
             continue
         choices = []
-        for state, row in at_hand.ending[column]:
+        for state, row in at_hand[column]:
             c = rest[column] / row[column]
             # Most are the same object in both rows.
             left = tuple(

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..errors import UserError
 from ..measure.comparison import distinct
 from ..measure.results import Results
-from ..measure.study import run
+from ..measure.study import extent, run
 from ..measure.tasks import Task
 from ..models.looped import Looped
 from .fields import combinations
@@ -59,9 +59,8 @@ def measuring() -> Iterator[tuple[Progress, Measure]]:
             results: Results,
             seconds: Path | None = None,
         ) -> bool:
-            done = sum(results.has(view.loop, item) for view in views for item in task.items)
-            bar = bars.add_task(title, total=len(views) * len(task.items), completed=done)
-
+            total, done = extent(views, task, results)
+            bar = bars.add_task(title, total=total, completed=done)
             try:
                 run(views, tokenizer, task, results, lambda n: bars.advance(bar, n), seconds)
             except KeyboardInterrupt:

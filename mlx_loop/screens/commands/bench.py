@@ -75,7 +75,6 @@ def run(args: argparse.Namespace) -> int:
         f"batch {args.batch_size}, {args.num_trials} trials; mlx {version('mlx')}, "
         f"{mx.device_info()['device_name']}, {platform.system()}",
         style="dim",
-        markup=False,
     )
     return 0
 

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         repos = []
     if name := vars(args).get("name"):
         repo = _named(name, repos)
-        out.print(f"{repo.repo_id}, {repo.size_on_disk_str}, in {repo.repo_path}", markup=False)
+        out.print(f"{repo.repo_id}, {repo.size_on_disk_str}, in {repo.repo_path}")
         if not _confirmed("delete it? [y/N] "):
             out.print("kept")
             return 0
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         out.print("deleted")
         return 0
     if not repos:
-        out.print(f"there is no model in {cache}: --model NAME downloads one", markup=False)
+        out.print(f"there is no model in {cache}: --model NAME downloads one")
         return 0
     table = plain_table("model", "size", "loops", left=("loops",))
     with err.status("reading"):

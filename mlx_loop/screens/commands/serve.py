@@ -76,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
     err.print(
         f"{server.desk.names.name} is served at http://{shown}:{port}/v1, "
         f"with a page at http://{shown}:{port}/",
-        markup=False,
         soft_wrap=True,
     )
     serve(server)
