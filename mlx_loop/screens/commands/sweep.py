@@ -26,7 +26,7 @@ EXAMPLES = """examples:
   mlx_loop sweep --task mine.jsonl --window 3:7,4:8,5:9 --loops 2,4,8 --integrator euler,anchored
   mlx_loop sweep --task choices:arc_easy.jsonl,choices:openbookqa.jsonl --loops 2,3,4 --best
   mlx_loop sweep --text book.txt --loops 2,3,4
-Ctrl-C stops after the results at hand are written; the same command goes on from there."""
+Ctrl-C keeps the results so far; the same command goes on from there."""
 
 DEFAULT_AXES: dict[str, list[Any]] = {"loops": [2, 4], "integrator": ["euler", "anchored"]}
 # What a score is called on the screen.
