@@ -43,7 +43,7 @@ def screen(tmp_path):
         encoding="utf-8",
         timeout=60,
     )
-    child.delayafterterminate = 5
+    child.ptyproc.delayafterterminate = 5  # A busy machine takes a while to end it.
     child.expect("Ctrl-D leaves")
     child.expect("> ")
     yield child
