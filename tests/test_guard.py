@@ -49,6 +49,11 @@ def test_the_norm_is_that_of_the_result_over_that_of_the_natural_pass():
         assert fired(config, Guard(OPEN.growth, (low, high))) == expected
 
 
+def test_a_limit_whose_square_has_no_float32_is_never_reached():
+    config = settings(integrator="naive", loops=4)
+    assert fired(config, Guard(1e200, (0, 1e200))) == [False] * 6
+
+
 def test_a_token_that_fires_takes_its_natural_pass_and_others_are_not_touched():
     config = settings(integrator="naive", loops=4)
     out, where = integrate_guarded(g, X0, config, Guard(1.2, OPEN.band))

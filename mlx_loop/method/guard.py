@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..settings import Guard, ResolvedLoop
 from .integrate import Between, Pass, integrate
@@ -83,8 +84,10 @@ class _Ends:
 
 @lru_cache(maxsize=64)
 def _squares(guard: Guard) -> mx.array:
-    # Not an operation: what is pending belongs to the thread that asked for it.
-    return mx.array([x**2 for x in (guard.growth, *guard.band)], dtype=mx.float32)
+    # Not an operation: what is pending belongs to the thread that asked for it. No infinity,
+    # which times a norm of zero would be no number.
+    largest = float(np.finfo(np.float32).max)
+    return mx.array([min(x * x, largest) for x in (guard.growth, *guard.band)], dtype=mx.float32)
 
 
 @partial(mx.compile, shapeless=True)
