@@ -127,7 +127,7 @@ def check_space(folder: Path, path: Path, size: int) -> None:
     free = shutil.disk_usage(there).free
     if free < size:
         raise UserError(
-            f"{path} needs {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on that disk"
+            f"{path} needs {size / 1e9:.3g} GB and {free / 1e9:.3g} GB are free on that disk"
         )
 
 
@@ -156,10 +156,30 @@ def check_new(path: Path, overwrite: bool, otherwise: str = "remove it first") -
 
 
 def check_file(path: Path, overwrite: bool = True) -> None:
-    """As `check_new`, for a file. UserError: also where there is a folder of that name."""
+    """As `check_new`, for a file. UserError: also where a folder or device has that name."""
     check_new(path, overwrite)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no file that keeps anything"
+        raise UserError(f"cannot write {path}: it is {what}; give the name of a file")
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Have a file that grows for this run alone; it is made if it is not there.
+
+    Raises:
+        UserError: another run has it, or it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    try:
+        _lock(handle, path)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _to_disk(path: Path) -> None:
@@ -200,21 +220,29 @@ def _locked(folder: Path, path: Path) -> Iterator[None]:
         folder.mkdir(exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if folder.exists() and os.path.samestat(os.fstat(handle), os.stat(folder)):
-                break
-        except BlockingIOError:
+            _lock(handle, path)
+        except UserError:
             os.close(handle)
-            raise UserError(
-                f"another run is writing {path}: wait for it, or choose another name"
-            ) from None
-        except OSError:  # A file system without locks.
+            raise
+        if folder.exists() and os.path.samestat(os.fstat(handle), os.stat(folder)):
             break
         os.close(handle)  # The run that had it has removed it.
     try:
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, path: Path) -> None:
+    """Have what `handle` opens until it is closed, where the file system has locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another run is writing {path}: wait for it, or choose another name"
+        ) from None
+    except OSError:  # A file system without locks.
+        pass
 
 
 def _clear(folder: Path, path: Path) -> None:

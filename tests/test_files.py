@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlx_loop import UserError, files
-from mlx_loop.files import whole_file, whole_folder
+from mlx_loop.files import alone, whole_file, whole_folder
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path):
@@ -119,6 +119,25 @@ def test_of_two_runs_to_one_place_the_second_is_refused(tmp_path):
         ):
             raise AssertionError("the block must not run")
         assert not scratch.exists()
+
+
+def test_a_file_that_grows_is_one_runs_alone(tmp_path):
+    path = tmp_path / "deep" / "results.jsonl"
+    with alone(path):
+        assert path.read_bytes() == b""
+        with pytest.raises(UserError, match="another run is writing"), alone(path):
+            raise AssertionError("the block must not run")
+    with alone(path):  # The first run has ended.
+        pass
+    with pytest.raises(UserError, match="cannot write"), alone(tmp_path):
+        raise AssertionError("the block must not run")
+
+
+def test_what_keeps_nothing_is_no_file_to_write(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null"), tmp_path):
+        with pytest.raises(UserError, match="give the name of a file"), whole_file(path, True):
+            raise AssertionError("the block must not run")
 
 
 def test_a_refused_old_folder_is_looked_at_again_before_it_goes(tmp_path):

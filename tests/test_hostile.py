@@ -249,6 +249,66 @@ def test_killed_at_any_moment_old_or_new_is_there_whole(tries, tmp_path, name):
     assert {p.name for p in tmp_path.iterdir()} == {"path", "old"}
 
 
+CALLS = int(os.environ.get("MLX_LOOP_CALLS", 0))  # so many calls that write fail, one at a time
+SAVERS = {
+    # What these write stands there already, and must be kept.
+    "quantize": WRITERS["quantize"],
+    "cache_prompt": "cache_prompt --prompt hello --prompt-cache-file {path}.safetensors",
+    # The second run of these goes on.
+    "evaluate": "evaluate --tasks niah_single_1 --lengths 208 --limit 1 --loops 2 --out {path}",
+    "sweep": "sweep --task demo --limit 2 --loops 2 --max-tokens 2 --out {path}",
+    # This saves when it is told to, but not over a file.
+    "chat": "chat --max-tokens 2",
+}
+BADLY = """import os, sys
+os.environ.update(BAD_FOLDER={place!r}, BAD_CALL="{call}")
+from mlx_loop.screens.cli import main
+sys.exit(main({words!r}))
+"""
+
+
+@pytest.fixture(scope="module")
+def bad_disk(tmp_path_factory):
+    """Tries on a machine whose disk can be told to go bad."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs a C compiler, and LD_PRELOAD")
+    made = tmp_path_factory.mktemp("host") / "bad_disk.so"
+    text = Path(__file__).parent / "host" / "bad_disk.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", made, text], check=True)
+    with Tries(LD_PRELOAD=f"{made}:{os.environ.get('LD_PRELOAD', '')}") as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", SAVERS)
+def test_whichever_write_fails_nothing_is_lost(bad_disk, tmp_path, name):
+    """One call fails of those that write a file, bring it to the disk or name it."""
+    place, old = tmp_path / "place", tmp_path / "old"
+    shutil.copytree(DEMOS["demo"], old)
+    words = SAVERS[name].format(path=place / "path", old=old).split()
+
+    def run(call=0):
+        """Call number 0 never comes. What the files hold, but times and the page made of them."""
+        code = BADLY.format(place=str(place), call=call, words=words)
+        stdin = b"hello\n/save a.json\n"
+        found = bad_disk("-c", code, cwd=place, stdin=stdin).check()
+        names = [p for p in place.rglob("*") if p.is_file() and p.stem not in ("seconds", "report")]
+        return found, {file: file.read_bytes() for file in names}
+
+    place.mkdir()
+    _, whole = run()
+    for call in range(1, CALLS + 1) if CALLS else (3, 9):
+        if name not in ("quantize", "cache_prompt"):
+            shutil.rmtree(place)
+            place.mkdir()
+        found, left = run(call)
+        assert name in ("evaluate", "sweep") or left in ({}, whole), (call, found)
+        if name == "chat" and left:
+            continue
+        again, left = run()
+        assert (again.status, left) == (0, whole), (call, found, again)
+
+
 # --- 3. Silent wrong answers ---
 
 

@@ -43,14 +43,26 @@ class Try:
 
 
 class Tries:
-    """Starts the program that forks; `with` ends it."""
+    """Starts the program that forks; `with` ends it.
+
+    Args:
+        environment: of the program, beside what there is.
+    """
+
+    def __init__(self, **environment: str):
+        self._environment = environment
 
     def __enter__(self) -> Tries:
         self._program = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(Path(__file__).parents[1]),
+                "HF_HUB_OFFLINE": "1",
+                **self._environment,
+            },
             text=True,
         )
         return self

@@ -8,6 +8,7 @@ from pathlib import Path
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UserError
+from ..files import alone
 from ..models.looped import Looped
 from .drift import Drift, traced
 from .results import Results
@@ -97,13 +98,14 @@ def carry_out(
     Returns:
         Whether it came to the end.
     """
-    results = Results.open(folder / RESULTS, study.header())
-    title = f"{len(views)} settings"
-    for task in (problems, *others):
-        if not measure(title, views, tokenizer, task, results, folder / SECONDS):
-            return False
-    chosen = problems.of(traced(problems.problems, traces))
-    if not chosen.problems:
-        return True
-    drift = Results.open(folder / DRIFT, study.header())
-    return measure("tracing", views[1:], tokenizer, Drift(chosen), drift)
+    with alone(folder / RESULTS):
+        results = Results.open(folder / RESULTS, study.header())
+        title = f"{len(views)} settings"
+        for task in (problems, *others):
+            if not measure(title, views, tokenizer, task, results, folder / SECONDS):
+                return False
+        chosen = problems.of(traced(problems.problems, traces))
+        if not chosen.problems:
+            return True
+        drift = Results.open(folder / DRIFT, study.header())
+        return measure("tracing", views[1:], tokenizer, Drift(chosen), drift)

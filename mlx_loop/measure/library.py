@@ -6,7 +6,7 @@ What they return prints as small tables (`shown.Shown`). docs/library.md has exa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..checkpoints.card import base_model
 from ..checkpoints.loading import DEMOS
 from ..errors import UserError
+from ..files import alone
 from ..foreign import path_of
 from ..generation.prompt import Prompt, encode
 from ..models.looped import Looped
@@ -125,8 +126,9 @@ def sweep(
     if idle:
         raise UserError(f"{' and '.join(idle)} would not be read by this task: leave it out")
     header |= {"data": data, **{name: asked[name] for name in asked if name != "batch"}}
-    results = Results(None, {}) if out is None else Results.open(path_of(out), header)
-    _measure(progress)("", views, tokenizer, task, results)
+    with nullcontext() if out is None else alone(path_of(out)):
+        results = Results(None, {}) if out is None else Results.open(path_of(out), header)
+        _measure(progress)("", views, tokenizer, task, results)
     scores = replace(gather(views, task, results), header=header)
     others = {score.title: gather(views, task, results, score) for score in task.beside}
     return Measured(scores, others, len(views[0].layers))

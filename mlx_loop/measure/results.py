@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import whole_file
 from ..foreign import from_json, read_text, to_json
 from ..settings import LoopConfig
 
@@ -53,8 +52,7 @@ class Results:
             rows = {(key(row["loop"]), row["item"]): row for row in found if _is_result(row)}
             whole = text[: text.rfind("\n") + 1]
             if len(whole) < len(text):
-                with whole_file(path, overwrite=True) as scratch:
-                    scratch.write_bytes(whole.encode())
+                os.truncate(path, len(whole.encode()))
             return cls(path, rows)
 
     def add(self, loop: LoopConfig | None, row: Row) -> None:

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..files import whole_file
+from ..files import check_space, whole_file
 from ..foreign import read_text, to_json
 from ..models.looped import Looped
 from .outcome import Scores
 from .results import Results, Row, append, check_header, fingerprint, parsed
 from .tasks import ruler
 from .tasks.task import Score, Task
+
+BYTES = 1000  # of a result, about
 
 
 def run(
@@ -38,7 +40,13 @@ def run(
         views: the un-looped one first.
         advance: called with how many items were done.
         seconds: a file that is told how long each batch took, which differs from run to run.
+
+    Raises:
+        UserError: the disk has no room for what comes, or a file cannot be written.
     """
+    if results.path is not None:
+        total, done = extent(views, task, results)
+        check_space(results.path.parent, results.path, (total - done) * BYTES)
     for items in task.batches():
         todo = [
             view

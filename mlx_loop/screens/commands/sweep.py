@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...errors import INTERRUPTED, UserError
-from ...files import check_file
+from ...files import alone, check_file
 from ...foreign import path_of
 from ...settings import LoopConfig
 from .. import options
@@ -97,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
         **{name: getattr(task, name, None) for name in ASKED if name != "batch"},
         "measure": "task" if of_kind == "questions" else of_kind,
     }
-    results = Results.open(out_file, header)
-    with measuring() as (_, measure):
+    with alone(out_file), measuring() as (_, measure):
+        results = Results.open(out_file, header)
         finished = measure(f"{len(views)} settings", views, tokenizer, task, results)
     items = complete(views, task, results)
     if not finished:
