@@ -10,7 +10,7 @@ from ..models.looped import Looped
 from .results import Row
 from .tasks.ruler import Example, Ruler
 from .tasks.task import Found, Task
-from .trace import mean, median, trace
+from .trace import Trace, mean, median, trace
 
 # A trace keeps every state of the whole prompt, without chunks.
 LONGEST = 4096
@@ -30,11 +30,19 @@ def traced(problems: Sequence[Example], count: int) -> list[Example]:
     return chosen
 
 
+def measures(found: Trace) -> dict[str, float]:
+    """Those of `MEASURES`; the worst loop's where layers loop one by one."""
+    return {
+        "growth": max(median(loop.growth) for loop in found.loops),
+        "kl": max(mean(loop.result.lens_kl) for loop in found.loops),
+        "norm": max(mean([abs(n - 1) for n in loop.result.norm]) for loop in found.loops),
+    }
+
+
 class Drift(Task):
     """Traces of problems under looped settings.
 
-    A row has the measures of `MEASURES` over the tokens of the prompt, the worst loop's where
-    layers loop one by one, and the trace's verdict.
+    A row has the measures of `MEASURES` over the tokens of the prompt, and the trace's verdict.
     """
 
     numbers = ()  # What diverges may have none.
@@ -50,12 +58,6 @@ class Drift(Task):
         tokens = self._prompt(tokenizer, item)
         for number, view in enumerate(views):
             found = trace(view, tokens)
-            row = {
-                "item": item["item"],
-                "length": item["length"],
-                "growth": max(median(loop.growth) for loop in found.loops),
-                "kl": max(mean(loop.result.lens_kl) for loop in found.loops),
-                "norm": max(mean([abs(n - 1) for n in loop.result.norm]) for loop in found.loops),
-                "verdict": found.verdict,
-            }
+            row = {"item": item["item"], "length": item["length"], **measures(found)}
+            row["verdict"] = found.verdict
             yield [Found(number, [row])]
