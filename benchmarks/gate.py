@@ -1,6 +1,7 @@
 """What drafts and a gate are worth on a released model: when the un-looped one says the same.
 
     python benchmarks/gate.py FOLDER --loops 6 --horizon 1,2 --max-tokens 60 >> table.md
+    python benchmarks/gate.py random --loops 6 --share 0.09
 
 Each prompt is answered greedily by the looped model. At every token of the answer the un-looped
 pass is made too, from the looped model's own keys and values: what a self-draft and a gate see.
@@ -8,6 +9,10 @@ pass is made too, from the looped model's own keys and values: what a self-draft
 prompts. For each limit of entropy, in nats: the share of tokens that would loop, the layers that
 are read per token over those of the un-looped model, in this model and at 4 of 36 layers, and the
 share of tokens that the gate changes: sure, and yet other than the looped model's.
+
+`random` measures time instead: of a random model as deep as Qwen3-4B, 1 GB in float32, whose limit
+is set so that this share of its tokens loops. Times are of the processor, token by token in turn
+with the un-looped model; put an OpenBLAS in LD_PRELOAD. Needs the `eval` extra.
 """
 
 from __future__ import annotations
@@ -15,12 +20,17 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from decode import random_model
+from mlx_lm.generate import generate_step
 from rich.console import Console
 from rich.progress import track
+from speculative import DEEP, WINDOW
 
 import mlx_loop
 from mlx_loop import LoopConfig
@@ -48,6 +58,7 @@ PROMPTS = (
     "Name three causes of the French Revolution.",
 )
 LIMITS = (0.3, 1.0, 2.0, 3.0, 4.0)
+TOKENS = 300  # that are timed
 
 
 def watch(looped: Looped, prompt: list[int], stop: set[int], most: int) -> np.ndarray:
@@ -64,15 +75,61 @@ def watch(looped: Looped, prompt: list[int], stop: set[int], most: int) -> np.nd
     return np.array(found)
 
 
+def timing(loops: int, share: float) -> None:
+    """Time of a gated token over that of an un-looped one, and of one that always loops."""
+    model = random_model(DEEP)
+    prompt = mx.random.randint(2, 400, (64,), key=mx.random.key(0))
+    found = [
+        float(entropy(logprobs))
+        for _, (_, logprobs) in zip(range(TOKENS), decode(model, prompt), strict=False)
+    ]
+    limit = float(np.quantile(found, 1 - share))
+    settings = {
+        "un-looped": None,
+        "all loop": LoopConfig(loops=loops, window=WINDOW),
+        "gate": LoopConfig(loops=loops, window=WINDOW, gate=f"entropy:{limit!r}"),
+    }
+    views = {name: model.with_loop(loop) for name, loop in settings.items()}
+    running = [decode(view, prompt) for view in views.values()]
+    for steps in running:
+        next(steps)
+    views["gate"].take_share()
+    times = np.array([[seconds(steps) for steps in running] for _ in range(TOKENS)])
+    looped, tokens = views["gate"].take_share()
+    drawn = np.random.default_rng(0).integers(TOKENS, size=(2000, TOKENS))
+    means = times[drawn].mean(1)
+    print(f"random, 36 layers, window {WINDOW}, K = {loops}; {TOKENS} tokens, float32\n")
+    print("| tokens | time, of un-looped |\n| --- | --- |")
+    for number, name in enumerate(views):
+        low, high = np.quantile(means[:, number] / means[:, 0], [0.025, 0.975])
+        ratio = times[:, number].mean() / times[:, 0].mean()
+        shown = f"{name}, {looped / tokens:.1%} loop" if name == "gate" else name
+        print(f"| {shown} | {ratio:.2f} [{low:.2f}, {high:.2f}] |")
+
+
+def decode(model: Looped, prompt: mx.array) -> Iterator[tuple[int, mx.array]]:
+    return generate_step(prompt, model, max_tokens=-1, prompt_cache=model.new_cache())
+
+
+def seconds(steps: Iterator) -> float:
+    start = time.process_time()
+    next(steps)
+    return time.process_time() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="a checkpoint")
+    parser.add_argument("folder", type=Path, help="a checkpoint, or random")
     parser.add_argument("--loops", type=int, default=6, metavar="K", help="default: 6")
     parser.add_argument("--horizon", default="1,2", metavar="T,T,...", help="default: 1,2")
     parser.add_argument("--max-tokens", type=int, default=60, metavar="N", help="default: 60")
+    parser.add_argument("--share", type=float, default=0.09, help="random: default 0.09")
     args = parser.parse_args()
+    if str(args.folder) == "random":
+        timing(args.loops, args.share)
+        return
     model, tokenizer = mlx_loop.load(args.folder, dtype="float32")
     machine = f"{os.cpu_count()}-core {platform.machine()} {platform.system()}, float32"
     for horizon in map(float, args.horizon.split(",")):
