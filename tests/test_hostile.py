@@ -149,6 +149,18 @@ def test_a_result_without_its_number_is_measured_again(tmp_path):
     assert not any(again.has(None, {"item": i}, ["right"]) for i in (1, 2, 3))
 
 
+def test_a_number_beyond_all_numbers_is_measured_again(tries, tmp_path):
+    words = "evaluate --tasks niah_single_1 --lengths 208 --limit 1 --loops 2 --out e".split()
+    first = tries(*words, cwd=tmp_path).check()
+    for name, field in (("results", "score"), ("seconds", "seconds"), ("drift", "kl")):
+        file = tmp_path / "e" / f"{name}.jsonl"
+        rows = list(map(json.loads, file.read_text().split("\n")[:-1]))
+        rows[-1][field] = 10**400
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = tries(*words, cwd=tmp_path).check()
+    assert (again.status, again.out) == (0, first.out)
+
+
 @pytest.mark.parametrize("text", ["hello\n", "hello", '{"model": "other"}\n', "[]\n", "\n"])
 def test_what_is_truly_someone_elses_is_refused(tmp_path, text):
     path = tmp_path / "r.jsonl"
@@ -535,6 +547,8 @@ def test_what_will_be_written_and_read_is_looked_at_first(tries, tmp_path, words
         (["generate", *PROMPT, "--temp", "1e-320"], b""),
         (["generate", *PROMPT, "--model", "a" * 5000], b""),
         (["generate", *PROMPT, "--window", "3:7", "--window", "4:8"], b""),
+        (["generate", *PROMPT, "--temp", 1, "--xtc-probability", 1, "--xtc-threshold", 0.9], b""),
+        (["generate", *PROMPT, "--model", "demo-moe", "--dtype", "bfloat16"], b""),
         (["generate", *PROMPT, "--alpha", "0.5", "--integrator", "anchored"], b""),
         *(
             (["generate", *PROMPT, "--chat-template-config", config], b"")
@@ -547,7 +561,7 @@ def test_what_will_be_written_and_read_is_looked_at_first(tries, tmp_path, words
             )
         ),
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_arguments_that_ended_in_a_trace(tries, tmp_path, words, stdin):
     assert tries(*words, stdin=stdin, cwd=tmp_path).check().status == 2
@@ -592,6 +606,21 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang(tries, model, name):
     assert str(model) in error(tries, model)
 
 
+@pytest.mark.parametrize("file", ["pipe", "/dev/zero"])
+def test_a_pipe_or_a_device_in_the_place_of_a_text_does_not_hang(tries, tmp_path, file):
+    os.mkfifo(tmp_path / "pipe")
+    for words, stdin in [
+        (["sweep", "--text", file], ""),
+        (["sweep", "--task", file], ""),
+        (["evaluate", "--tasks", "vt", "--filler", file], ""),
+        (["chat", "--max-tokens", 2], f"/file {file}\n"),
+        (["chat", "--max-tokens", 2], f"/load {file}\n"),
+        (["compare"], f"/prompts {file}\n"),
+    ]:
+        found = tries(*words, stdin=stdin.encode(), cwd=tmp_path).check()
+        assert (found.status, "is not a file" in found.err) == (2, True), found
+
+
 def test_adapters_are_called_adapters(tries, model):
     place = model.parent / "peft"
     place.mkdir()
@@ -616,6 +645,9 @@ def shell(command, **more):
 @pytest.mark.parametrize(
     ("command", "status", "said"),
     [
+        ("mlx_loop generate -p hi -m 4 2> /dev/full", 2, ""),
+        ("mlx_loop generate --model ./none -p hi 2> /dev/full", 2, ""),
+        ("mlx_loop generate --help > /dev/full", 2, "No space left"),
         ("mlx_loop generate -p hi -m 4 > /dev/full", 2, "No space left"),
         ("mlx_loop generate -p hi -m 4 >&-", 2, "standard output is closed"),
         ("mlx_loop generate -p hi -m 4 <&-", 0, "tokens/s"),
@@ -637,6 +669,13 @@ def test_a_signal_while_a_model_loads_is_no_trace(signum):
     _, said = run.communicate(timeout=60)
     assert run.returncode in (128 + signum, -signum)  # The latter before there is a command.
     assert "Traceback" not in said
+
+
+def test_a_hangup_that_is_ignored_ends_nothing():
+    """As `nohup` asks."""
+    run = "trap '' HUP; mlx_loop generate -p 'Tell me a story.' -m 500 &"
+    done = shell(f"{run} while kill -HUP $!; do sleep 0.1; done 2> /dev/null; wait $!")
+    assert (done.returncode, "tokens/s" in done.stderr) == (0, True), done
 
 
 def test_an_end_by_signal_gives_the_screen_back():

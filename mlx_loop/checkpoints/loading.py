@@ -167,6 +167,10 @@ def load_model(
         if dtype is None and needs_float32(model):
             dtype = "float32"
         todo = pieces(model, chosen, None if dtype is None else getattr(mx, dtype))
+        if dtype not in (None, "float32") and needs_float32(model, quantised=False):
+            raise UserError(
+                f"MLX computes experts on the CPU in float32 only: leave dtype ({dtype}) out"
+            )
         if group is not None and group.size() > 1:
             if chosen or adapter_path is not None:
                 raise UserError(
@@ -288,10 +292,15 @@ def quantization_for(
     return chosen
 
 
-def needs_float32(model: Looped) -> bool:
-    """MLX gathers experts on the CPU in float32 only."""
-    has_experts = any(isinstance(module, EXPERTS) for module in model.modules())
-    return has_experts and mx.default_device() == mx.cpu
+def needs_float32(model: Looped, quantised: bool = True) -> bool:
+    """MLX gathers experts on the CPU in float32 only.
+
+    Args:
+        quantised: whether experts count that are quantised, which it gathers in any type.
+    """
+    inside = (inner for m in model.modules() if isinstance(m, EXPERTS) for inner in m.modules())
+    experts = any("weight" in inner and (quantised or "scales" not in inner) for inner in inside)
+    return experts and mx.default_device() == mx.cpu
 
 
 def saved_loop(model: Looped) -> LoopConfig | None:

@@ -42,6 +42,16 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
+    # argparse does not mind that a page cannot be written.
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if status == 0:
+            sys.stdout.flush()
+        super().exit(status, message)
+
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """A flag that is none is refused here, by the parser whose help page has the right one."""
         typed = list(sys.argv[1:] if args is None else args)
@@ -123,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(name, "another machine has gone, so this one ends too")
         return LOST
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        _say("")
         return INTERRUPTED
 
 
@@ -142,7 +152,9 @@ def _ended_by_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield ended
         return
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # What is ignored stays so: that is what `nohup` is for.
+    heard = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heard}
     try:
         yield ended
     finally:
@@ -180,7 +192,12 @@ def _drop_output() -> None:
 def _complain(name: str, message: str) -> None:
     # All of several machines find the same mistake, and the first one says so.
     if os.environ.get("MLX_RANK", "0") == "0":
-        print(f"{name}: error: {message}", file=sys.stderr)
+        _say(f"{name}: error: {message}")
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # Nobody is told, but the status is what it should be.
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":
