@@ -671,6 +671,31 @@ def test_a_signal_while_a_model_loads_is_no_trace(signum):
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "deaf",
+    [
+        "class Deaf:\n    def __del__(self): come()\nend = Deaf",
+        # What importlib calls at the end of each import.
+        "code = compile('def cb(): come()', '<frozen importlib._bootstrap>', 'exec')\n"
+        "exec(code)\nend = cb",
+        "def end():\n    try: come()\n    except SystemExit: raise ValueError",
+    ],
+)
+def test_a_signal_is_heard_wherever_it_comes(signum, deaf):
+    code = (
+        "import os, sys, time\nfrom mlx_loop.screens import cli\n"
+        "def come():\n    os.kill(os.getpid(), {signum}); time.sleep(0.1)\n{deaf}\n"
+        "class Command:\n    command = 'x'\n    @staticmethod\n    def run(args):\n"
+        "        end(); time.sleep(1); return 0\n"
+        "cli.check_idle = lambda args: None\n"
+        "class Parser:\n    parse_args = lambda self, typed: Command\n"
+        "cli.build_parser = Parser\nsys.exit(cli.main([]))"
+    ).format(signum=int(signum), deaf=deaf)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (128 + signum, ""), done
+
+
 def test_a_hangup_that_is_ignored_ends_nothing():
     """As `nohup` asks."""
     run = "trap '' HUP; mlx_loop generate -p 'Tell me a story.' -m 500 &"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import io
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import takewhile
+from types import FrameType
 from typing import Any, NoReturn
 
 from .. import __version__
@@ -145,7 +148,13 @@ def _ended_by_signals() -> Iterator[list[int]]:
     """
     ended: list[int] = []
 
-    def end(signum: int, frame: Any) -> None:
+    def end(signum: int, frame: FrameType | None) -> None:
+        if _is_deaf(frame):
+            # Without the locks of a Timer, which the main thread may have.
+            _thread.start_new_thread(_send_again, (signum,))
+            return
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
         ended.append(signum)
         raise SystemExit(128 + signum)
 
@@ -153,13 +162,36 @@ def _ended_by_signals() -> Iterator[list[int]]:
         yield ended
         return
     # What is ignored stays so: that is what `nohup` is for.
-    heard = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, end) for number in heard}
     try:
         yield ended
+    except Exception:
+        if ended:  # It comes of a library that took the SystemExit for an error.
+            raise SystemExit(128 + ended[0]) from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_deaf(frame: FrameType | None) -> bool:
+    """Whether Python forgets, with a trace, what is raised here: at the end of objects and imports."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__del__" or (code.co_name, code.co_filename) == _END_OF_IMPORT:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(signum: int) -> None:
+    time.sleep(0.01)
+    signal.pthread_kill(threading.main_thread().ident or 0, signum)
+
+
+_END_OF_IMPORT = ("cb", "<frozen importlib._bootstrap>")
 
 
 def _open_streams() -> None:
