@@ -599,6 +599,18 @@ def test_a_config_that_is_no_object_is_one_line(tries, model, text):
     assert "config.json" in error(tries, model)
 
 
+def test_a_tokenizer_that_fails_in_use_is_one_line(tries, model):
+    change(model / "tokenizer_config.json", model_max_length="many")
+    assert "cannot load the tokenizer" in error(tries, model)
+
+
+def test_what_libraries_log_of_a_checkpoint_is_shown_without_effect(tries, model):
+    change(model / "config.json", rope_parameters={"rope_type": "\x1b[2J", "rope_theta": 1e4})
+    found = tries("generate", "--model", model, *PROMPT, cwd=model.parent)
+    assert "'rope_type'='\u241b[2J'" in found.err
+    assert not CONTROLS.search(found.err)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_pipe_in_the_place_of_a_file_does_not_hang(tries, model, name):
     (model / name).unlink()
@@ -685,13 +697,13 @@ def test_a_signal_while_a_model_loads_is_no_trace(signum):
 def test_a_signal_is_heard_wherever_it_comes(signum, deaf):
     code = (
         "import os, sys, time\nfrom mlx_loop.screens import cli\n"
-        "def come():\n    os.kill(os.getpid(), {signum}); time.sleep(0.1)\n{deaf}\n"
+        f"def come():\n    os.kill(os.getpid(), {int(signum)}); time.sleep(0.1)\n{deaf}\n"
         "class Command:\n    command = 'x'\n    @staticmethod\n    def run(args):\n"
         "        end(); time.sleep(1); return 0\n"
         "cli.check_idle = lambda args: None\n"
         "class Parser:\n    parse_args = lambda self, typed: Command\n"
         "cli.build_parser = Parser\nsys.exit(cli.main([]))"
-    ).format(signum=int(signum), deaf=deaf)
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (128 + signum, ""), done
 

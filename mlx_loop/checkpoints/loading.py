@@ -135,7 +135,10 @@ def load_tokenizer(path: Path, settings: dict[str, Any]) -> TokenizerWrapper:
     if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
         raise UserError(f"{path} has no tokenizer files; mlx_loop.load_model needs none")
     with foreseen(f"cannot load the tokenizer in {path}"):
-        return mlx_lm_utils.load_tokenizer(path, settings, eos_token_ids=config.get("eos_token_id"))
+        ends = config.get("eos_token_id")
+        tokenizer = mlx_lm_utils.load_tokenizer(path, settings, eos_token_ids=ends)
+        tokenizer.decode(tokenizer.encode("What is 12 + 30?\n"))  # Some damage shows in use only.
+        return tokenizer
 
 
 def load_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import argparse
 import io
+import logging
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import INTERRUPTED, LOST, UNREAD, USER_ERROR, UserError
-from ..foreign import one_line
+from ..foreign import one_line, visible
 from .options import check_idle
 
 # Modules of `commands`, each with a SUMMARY, EXAMPLES, `add_options` and `run`.
@@ -112,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _ended_by_signals() as ended:
             _open_streams()
+            logging.setLogRecordFactory(_Record)
             parser, typed = build_parser(), list(sys.argv[1:] if argv is None else argv)
             if typed and not typed[0].startswith("-") and typed[0] not in COMMANDS:
                 parser.error(f"unknown command {typed[0]}{suggestion(typed[0], COMMANDS)}")
@@ -177,7 +179,7 @@ def _ended_by_signals() -> Iterator[list[int]]:
 
 
 def _is_deaf(frame: FrameType | None) -> bool:
-    """Whether Python forgets, with a trace, what is raised here: at the end of objects and imports."""
+    """Whether what is raised here is forgotten, with a trace: at the end of objects and imports."""
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__del__" or (code.co_name, code.co_filename) == _END_OF_IMPORT:
@@ -210,6 +212,13 @@ def _open_streams() -> None:
 
 # What an encoding lacks does not stop an answer.
 _SHOWN = "backslashreplace"
+
+
+class _Record(logging.LogRecord):
+    """What libraries say of foreign files does nothing to a terminal either."""
+
+    def getMessage(self) -> str:
+        return visible(super().getMessage())
 
 
 def _drop_output() -> None:
