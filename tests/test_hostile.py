@@ -334,6 +334,18 @@ def test_a_prompt_cache_of_other_weights_is_refused(tries, model):
     assert "another model" in error(tries, model, *words[-2:])
 
 
+def test_a_prompt_cache_of_whole_numbers_is_refused(tries, tmp_path):
+    words = ["--prompt", "What is 12", "--prompt-cache-file", "c.safetensors"]
+    assert tries("cache_prompt", *words, cwd=tmp_path).status == 0
+    file = str(tmp_path / "c.safetensors")
+    arrays, metadata = mx.load(file, return_metadata=True)
+    whole = {name: a.astype(mx.int32) if a.ndim == 4 else a for name, a in arrays.items()}
+    mx.eval(whole)
+    mx.save_safetensors(file, whole, metadata)
+    found = tries("generate", "--prompt", " + 30?", *words[2:], cwd=tmp_path).check()
+    assert (found.status, "int32" in found.err) == (2, True)
+
+
 def test_a_rotating_cache_is_not_given_more_than_it_holds(tries, tmp_path):
     words = ["--prompt", "What is 12", "--max-kv-size", 32, "--prompt-cache-file", "c.safetensors"]
     assert tries("cache_prompt", *words, cwd=tmp_path).status == 0
