@@ -86,10 +86,15 @@ def read_text(path: Path) -> str:
     """What a file says, its line ends as they are.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: it cannot be read, or is not UTF-8. A pipe or device is no file: it may have no
+            end, and cannot be read again.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot read {path}: it is not a file")
         return path.read_bytes().decode("utf-8")
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 

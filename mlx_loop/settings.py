@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -53,10 +54,10 @@ class Guard:
     band: tuple[float, float] = (0.8, 1.2)
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.growth) and self.growth > 0):
+        if not (is_number(self.growth) and self.growth > 0):
             raise _wrong("growth", self.growth, "a number above 0")
         band = _as_tuple(self.band)
-        if band is None or len(band) != 2 or not all(map(_is_number, band)):
+        if band is None or len(band) != 2 or not all(map(is_number, band)):
             raise _wrong("band", self.band, _BAND)
         if not 0 <= band[0] <= 1 <= band[1]:
             raise _wrong("band", self.band, _BAND)
@@ -158,7 +159,7 @@ class LoopConfig:
             ("damping", math.nextafter(0, 1), 1, "a number above 0, at most 1"),
         ):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and low <= value <= high):
+            if value is not None and not (is_number(value) and low <= value <= high):
                 raise _wrong(name, value, allowed)
         self._check_passes()
         self._check_window()
@@ -235,7 +236,7 @@ class LoopConfig:
             return
         steps = _as_tuple(self.alpha)
         for step in (self.alpha,) if steps is None else steps:
-            if not (_is_number(step) and 0 < step <= 2):
+            if not (is_number(step) and 0 < step <= 2):
                 raise _wrong("alpha", self.alpha, "above 0, at most 2 (a number, or one per loop)")
         if steps is None:
             return
@@ -251,7 +252,7 @@ class LoopConfig:
         if self.weights is None:
             return
         weights = _as_tuple(self.weights)
-        if not weights or not all(_is_number(w) for w in weights):
+        if not weights or not all(is_number(w) for w in weights):
             raise _wrong("weights", self.weights, "a list of numbers that sum to 1")
         if abs(sum(weights) - 1) > 1e-6:
             raise _wrong("weights", self.weights, f"numbers that sum to 1, not {sum(weights):g}")
@@ -411,8 +412,10 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    """Whether it can be counted with: no NaN, nor a whole number beyond the largest float."""
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and abs(value) <= sys.float_info.max
 
 
 def _as_tuple(value: object) -> tuple[Any, ...] | None:

@@ -72,6 +72,29 @@ def test_a_wrong_value_is_one_line_with_field_value_and_what_is_allowed(field, v
     assert "\n" not in message
 
 
+HUGE = 10**400  # A whole number that is no float.
+
+
+@pytest.mark.parametrize("field", ["beta", "horizon", "alpha", "momentum", "damping"])
+def test_a_number_that_is_no_float_is_refused(field):
+    with pytest.raises(UserError, match=f"^{field}=1000.*{field} must be"):
+        LoopConfig(**{field: HUGE})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"alpha": (HUGE,)},
+        {"weights": (0, HUGE)},
+        {"guard": {"growth": HUGE}},
+        {"guard": {"band": (0, HUGE)}},
+    ],
+)
+def test_numbers_that_are_no_floats_are_refused(values):
+    with pytest.raises(UserError, match="must be"):
+        LoopConfig(**values)
+
+
 @pytest.mark.parametrize(
     ("field", "settings"),
     [

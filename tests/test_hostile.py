@@ -149,6 +149,18 @@ def test_a_result_without_its_number_is_measured_again(tmp_path):
     assert not any(again.has(None, {"item": i}, ["right"]) for i in (1, 2, 3))
 
 
+def test_a_number_beyond_all_numbers_is_measured_again(tries, tmp_path):
+    words = "evaluate --tasks niah_single_1 --lengths 208 --limit 1 --loops 2 --out e".split()
+    first = tries(*words, cwd=tmp_path).check()
+    for name, field in (("results", "score"), ("seconds", "seconds"), ("drift", "kl")):
+        file = tmp_path / "e" / f"{name}.jsonl"
+        rows = list(map(json.loads, file.read_text().split("\n")[:-1]))
+        rows[-1][field] = 10**400
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = tries(*words, cwd=tmp_path).check()
+    assert (again.status, again.out) == (0, first.out)
+
+
 @pytest.mark.parametrize("text", ["hello\n", "hello", '{"model": "other"}\n', "[]\n", "\n"])
 def test_what_is_truly_someone_elses_is_refused(tmp_path, text):
     path = tmp_path / "r.jsonl"
@@ -320,6 +332,18 @@ def test_a_prompt_cache_of_other_weights_is_refused(tries, model):
     name = "model.layers.3.mlp.up_proj.weight"
     change_weights(model, lambda w: w.update({name: w[name] * 1.01}))
     assert "another model" in error(tries, model, *words[-2:])
+
+
+def test_a_prompt_cache_of_whole_numbers_is_refused(tries, tmp_path):
+    words = ["--prompt", "What is 12", "--prompt-cache-file", "c.safetensors"]
+    assert tries("cache_prompt", *words, cwd=tmp_path).status == 0
+    file = str(tmp_path / "c.safetensors")
+    arrays, metadata = mx.load(file, return_metadata=True)
+    whole = {name: a.astype(mx.int32) if a.ndim == 4 else a for name, a in arrays.items()}
+    mx.eval(whole)
+    mx.save_safetensors(file, whole, metadata)
+    found = tries("generate", "--prompt", " + 30?", *words[2:], cwd=tmp_path).check()
+    assert (found.status, "int32" in found.err) == (2, True)
 
 
 def test_a_rotating_cache_is_not_given_more_than_it_holds(tries, tmp_path):
@@ -535,6 +559,8 @@ def test_what_will_be_written_and_read_is_looked_at_first(tries, tmp_path, words
         (["generate", *PROMPT, "--temp", "1e-320"], b""),
         (["generate", *PROMPT, "--model", "a" * 5000], b""),
         (["generate", *PROMPT, "--window", "3:7", "--window", "4:8"], b""),
+        (["generate", *PROMPT, "--temp", 1, "--xtc-probability", 1, "--xtc-threshold", 0.9], b""),
+        (["generate", *PROMPT, "--model", "demo-moe", "--dtype", "bfloat16"], b""),
         (["generate", *PROMPT, "--alpha", "0.5", "--integrator", "anchored"], b""),
         *(
             (["generate", *PROMPT, "--chat-template-config", config], b"")
@@ -547,7 +573,7 @@ def test_what_will_be_written_and_read_is_looked_at_first(tries, tmp_path, words
             )
         ),
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_arguments_that_ended_in_a_trace(tries, tmp_path, words, stdin):
     assert tries(*words, stdin=stdin, cwd=tmp_path).check().status == 2
@@ -585,11 +611,38 @@ def test_a_config_that_is_no_object_is_one_line(tries, model, text):
     assert "config.json" in error(tries, model)
 
 
+def test_a_tokenizer_that_fails_in_use_is_one_line(tries, model):
+    change(model / "tokenizer_config.json", model_max_length="many")
+    assert "cannot load the tokenizer" in error(tries, model)
+
+
+def test_what_libraries_log_of_a_checkpoint_is_shown_without_effect(tries, model):
+    change(model / "config.json", rope_parameters={"rope_type": "\x1b[2J", "rope_theta": 1e4})
+    found = tries("generate", "--model", model, *PROMPT, cwd=model.parent)
+    assert "'rope_type'='\u241b[2J'" in found.err
+    assert not CONTROLS.search(found.err)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_pipe_in_the_place_of_a_file_does_not_hang(tries, model, name):
     (model / name).unlink()
     os.mkfifo(model / name)
     assert str(model) in error(tries, model)
+
+
+@pytest.mark.parametrize("file", ["pipe", "/dev/zero"])
+def test_a_pipe_or_a_device_in_the_place_of_a_text_does_not_hang(tries, tmp_path, file):
+    os.mkfifo(tmp_path / "pipe")
+    for words, stdin in [
+        (["sweep", "--text", file], ""),
+        (["sweep", "--task", file], ""),
+        (["evaluate", "--tasks", "vt", "--filler", file], ""),
+        (["chat", "--max-tokens", 2], f"/file {file}\n"),
+        (["chat", "--max-tokens", 2], f"/load {file}\n"),
+        (["compare"], f"/prompts {file}\n"),
+    ]:
+        found = tries(*words, stdin=stdin.encode(), cwd=tmp_path).check()
+        assert (found.status, "is not a file" in found.err) == (2, True), found
 
 
 def test_adapters_are_called_adapters(tries, model):
@@ -616,6 +669,9 @@ def shell(command, **more):
 @pytest.mark.parametrize(
     ("command", "status", "said"),
     [
+        ("mlx_loop generate -p hi -m 4 2> /dev/full", 2, ""),
+        ("mlx_loop generate --model ./none -p hi 2> /dev/full", 2, ""),
+        ("mlx_loop generate --help > /dev/full", 2, "No space left"),
         ("mlx_loop generate -p hi -m 4 > /dev/full", 2, "No space left"),
         ("mlx_loop generate -p hi -m 4 >&-", 2, "standard output is closed"),
         ("mlx_loop generate -p hi -m 4 <&-", 0, "tokens/s"),
@@ -637,6 +693,38 @@ def test_a_signal_while_a_model_loads_is_no_trace(signum):
     _, said = run.communicate(timeout=60)
     assert run.returncode in (128 + signum, -signum)  # The latter before there is a command.
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "deaf",
+    [
+        "class Deaf:\n    def __del__(self): come()\nend = Deaf",
+        # What importlib calls at the end of each import.
+        "code = compile('def cb(): come()', '<frozen importlib._bootstrap>', 'exec')\n"
+        "exec(code)\nend = cb",
+        "def end():\n    try: come()\n    except SystemExit: raise ValueError",
+    ],
+)
+def test_a_signal_is_heard_wherever_it_comes(signum, deaf):
+    code = (
+        "import os, sys, time\nfrom mlx_loop.screens import cli\n"
+        f"def come():\n    os.kill(os.getpid(), {int(signum)}); time.sleep(0.1)\n{deaf}\n"
+        "class Command:\n    command = 'x'\n    @staticmethod\n    def run(args):\n"
+        "        end(); time.sleep(1); return 0\n"
+        "cli.check_idle = lambda args: None\n"
+        "class Parser:\n    parse_args = lambda self, typed: Command\n"
+        "cli.build_parser = Parser\nsys.exit(cli.main([]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (128 + signum, ""), done
+
+
+def test_a_hangup_that_is_ignored_ends_nothing():
+    """As `nohup` asks."""
+    run = "trap '' HUP; mlx_loop generate -p 'Tell me a story.' -m 500 &"
+    done = shell(f"{run} while kill -HUP $!; do sleep 0.1; done 2> /dev/null; wait $!")
+    assert (done.returncode, "tokens/s" in done.stderr) == (0, True), done
 
 
 def test_an_end_by_signal_gives_the_screen_back():

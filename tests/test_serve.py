@@ -22,6 +22,7 @@ from mlx_loop import LoopConfig
 from mlx_loop.generation.prompt import render
 from mlx_loop.screens.cli import build_parser
 from mlx_loop.screens.commands import serve as command
+from mlx_loop.screens.serve import checks
 from mlx_loop.screens.serve.desk import MOST_SETTINGS
 from mlx_loop.screens.serve.turns import Turns
 
@@ -334,6 +335,9 @@ HOSTILE = [
     {**CHAT, "logit_bias": {"99999999": 1}},
     {**CHAT, "logit_bias": {"-1": 1}},
     {**CHAT, "logit_bias": {"x": 1}},
+    {**CHAT, "logit_bias": {"1": 10**400}},
+    {**CHAT, "loop": {"beta": 10**400}},
+    {**CHAT, "temperature": 1, "xtc_probability": 1, "xtc_threshold": 0.9},
     {**CHAT, "logit_bias": {"1": "y"}},
     {**CHAT, "logit_bias": [1]},
     {**CHAT, "top_logprobs": 10**6},
@@ -439,6 +443,9 @@ def test_hostile_bodies_are_refused_and_disturb_no_stream(client, loaded):
         (b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}", 404),
         (b"GET /page/../../desk.py HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
         (b"GET /v1/models HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403),
+        (b"GET /v1/models HTTP/1.1\r\nHost: [::\r\n\r\n", 403),
+        (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: http://[::\r\n\r\n", 403),
+        (b"GET http://[::/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
         (b"GET /error HTTP/1.1\r\nHost: host.docker.internal:8080\r\n\r\n", 404),
         (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\n\r\n", 403),
         (b"BREW /coffee HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
@@ -660,6 +667,17 @@ def test_a_comparison_that_nobody_reads_ends(client):
     until(lambda: not work.running)
 
 
+def test_an_answer_that_fails_spoils_no_other_one(monkeypatch):
+    """Its thread has left caches that no other thread can finish."""
+    with running() as client:
+        expected = client.chat()
+        monkeypatch.setattr(checks, "check", lambda *_: None)
+        bad = {**CHAT, "temperature": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.9}
+        for _ in range(2):
+            assert client.post(bad)[0] == 500
+            assert [client.chat() for _ in range(2)] == [expected] * 2
+
+
 # --- The process ---
 
 
@@ -685,7 +703,7 @@ def test_a_server_that_is_told_to_end_finishes_what_it_has_begun():
         *_, last, done = list(events)
     assert done == "[DONE]"
     assert json.loads(last)["choices"][0]["finish_reason"] in ("stop", "length")
-    assert process.wait(10) == 0
+    assert process.wait(10) == 128 + signal.SIGTERM
     with pytest.raises(OSError, match="refused"):
         client.get("/health")
 

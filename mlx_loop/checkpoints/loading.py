@@ -135,7 +135,10 @@ def load_tokenizer(path: Path, settings: dict[str, Any]) -> TokenizerWrapper:
     if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
         raise UserError(f"{path} has no tokenizer files; mlx_loop.load_model needs none")
     with foreseen(f"cannot load the tokenizer in {path}"):
-        return mlx_lm_utils.load_tokenizer(path, settings, eos_token_ids=config.get("eos_token_id"))
+        ends = config.get("eos_token_id")
+        tokenizer = mlx_lm_utils.load_tokenizer(path, settings, eos_token_ids=ends)
+        tokenizer.decode(tokenizer.encode("What is 12 + 30?\n"))  # Some damage shows in use only.
+        return tokenizer
 
 
 def load_model(
@@ -167,6 +170,10 @@ def load_model(
         if dtype is None and needs_float32(model):
             dtype = "float32"
         todo = pieces(model, chosen, None if dtype is None else getattr(mx, dtype))
+        if dtype not in (None, "float32") and needs_float32(model, quantised=False):
+            raise UserError(
+                f"MLX computes experts on the CPU in float32 only: leave dtype ({dtype}) out"
+            )
         if group is not None and group.size() > 1:
             if chosen or adapter_path is not None:
                 raise UserError(
@@ -288,10 +295,15 @@ def quantization_for(
     return chosen
 
 
-def needs_float32(model: Looped) -> bool:
-    """MLX gathers experts on the CPU in float32 only."""
-    has_experts = any(isinstance(module, EXPERTS) for module in model.modules())
-    return has_experts and mx.default_device() == mx.cpu
+def needs_float32(model: Looped, quantised: bool = True) -> bool:
+    """MLX gathers experts on the CPU in float32 only.
+
+    Args:
+        quantised: whether experts count that are quantised, which it gathers in any type.
+    """
+    inside = (inner for m in model.modules() if isinstance(m, EXPERTS) for inner in m.modules())
+    experts = any("weight" in inner and (quantised or "scales" not in inner) for inner in inside)
+    return experts and mx.default_device() == mx.cpu
 
 
 def saved_loop(model: Looped) -> LoopConfig | None:

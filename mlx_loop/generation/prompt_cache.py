@@ -133,6 +133,9 @@ def _check_fits(cache: Sequence[Any], model: Looped) -> None:
         raise ValueError("its entries are not those of this model")
     for leaf in leaves(cache):
         held = getattr(leaf, "keys", None)
+        for array in (held, getattr(leaf, "values", None)):
+            if isinstance(array, mx.array) and not mx.issubdtype(array.dtype, mx.floating):
+                raise ValueError(f"its numbers are of type {array.dtype}")
         held = held[0] if isinstance(held, list | tuple) else held
         seen = position(leaf)
         if held is not None and seen is not None and type(leaf) is KVCache and seen > held.shape[2]:

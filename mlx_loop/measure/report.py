@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from ..files import whole_file
 from ..foreign import read_text, to_json
-from ..settings import ResolvedLoop
+from ..settings import ResolvedLoop, is_number
 from .document import Block, Paragraph, Picture, Table, markdown, page
 from .drift import MEASURES
 from .outcome import (
@@ -31,7 +31,7 @@ from .outcome import (
     said_held_out,
 )
 from .plots import draw_accuracy, draw_lengths, save
-from .results import Row, is_number, key, parsed, read_rows
+from .results import Row, key, parsed, read_rows
 from .study import DRIFT, RESULTS, SECONDS
 from .tasks import FROM_FILES
 from .trace import VERDICTS, worst

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..foreign import from_json, read_text, to_json
-from ..settings import LoopConfig
+from ..settings import LoopConfig, is_number
 
 Row = dict[str, Any]
 
@@ -77,11 +76,6 @@ def _is_result(row: Any) -> bool:
     return isinstance(row.get("item"), str | int)
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number that can be counted with."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def key(loop: LoopConfig | Row | None) -> str:
     """Loop settings as a text, the same for the same settings."""
     values = loop.to_dict() if isinstance(loop, LoopConfig) else loop
@@ -125,7 +119,7 @@ def parsed(text: str) -> Iterator[Any]:
 
 
 def read_rows(path: Path, *numbers: str) -> list[Row]:
-    """The lines of a file that have loop settings and these numbers; none where there is no file.
+    """The lines of a file that have loop settings and these numbers, NaN too; none without a file.
 
     Raises:
         UserError: the file cannot be read.
@@ -135,7 +129,7 @@ def read_rows(path: Path, *numbers: str) -> list[Row]:
         for row in parsed(read_text(path) if path.exists() else "")
         if isinstance(row, dict)
         and isinstance(row.get("loop", 0), dict | None)
-        and all(isinstance(row.get(name), int | float) for name in numbers)
+        and all(isinstance(row.get(n), float) or is_number(row.get(n)) for n in numbers)
     ]
 
 

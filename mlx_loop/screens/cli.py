@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import io
+import logging
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import takewhile
+from types import FrameType
 from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import INTERRUPTED, LOST, UNREAD, USER_ERROR, UserError
-from ..foreign import one_line
+from ..foreign import one_line, visible
 from .options import check_idle
 
 # Modules of `commands`, each with a SUMMARY, EXAMPLES, `add_options` and `run`.
@@ -41,6 +45,16 @@ COMMANDS = (
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
+
+    # argparse does not mind that a page cannot be written.
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if status == 0:
+            sys.stdout.flush()
+        super().exit(status, message)
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """A flag that is none is refused here, by the parser whose help page has the right one."""
@@ -99,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _ended_by_signals() as ended:
             _open_streams()
+            logging.setLogRecordFactory(_Record)
             parser, typed = build_parser(), list(sys.argv[1:] if argv is None else argv)
             if typed and not typed[0].startswith("-") and typed[0] not in COMMANDS:
                 parser.error(f"unknown command {typed[0]}{suggestion(typed[0], COMMANDS)}")
@@ -123,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(name, "another machine has gone, so this one ends too")
         return LOST
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        _say("")
         return INTERRUPTED
 
 
@@ -135,19 +150,50 @@ def _ended_by_signals() -> Iterator[list[int]]:
     """
     ended: list[int] = []
 
-    def end(signum: int, frame: Any) -> None:
+    def end(signum: int, frame: FrameType | None) -> None:
+        if _is_deaf(frame):
+            # Without the locks of a Timer, which the main thread may have.
+            _thread.start_new_thread(_send_again, (signum,))
+            return
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
         ended.append(signum)
         raise SystemExit(128 + signum)
 
     if threading.current_thread() is not threading.main_thread():
         yield ended
         return
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # What is ignored stays so: that is what `nohup` is for.
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heard}
     try:
         yield ended
+    except Exception:
+        if ended:  # It comes of a library that took the SystemExit for an error.
+            raise SystemExit(128 + ended[0]) from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_deaf(frame: FrameType | None) -> bool:
+    """Whether what is raised here is forgotten, with a trace: at the end of objects and imports."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__del__" or (code.co_name, code.co_filename) == _END_OF_IMPORT:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(signum: int) -> None:
+    time.sleep(0.01)
+    signal.pthread_kill(threading.main_thread().ident or 0, signum)
+
+
+_END_OF_IMPORT = ("cb", "<frozen importlib._bootstrap>")
 
 
 def _open_streams() -> None:
@@ -168,6 +214,13 @@ def _open_streams() -> None:
 _SHOWN = "backslashreplace"
 
 
+class _Record(logging.LogRecord):
+    """What libraries say of foreign files does nothing to a terminal either."""
+
+    def getMessage(self) -> str:
+        return visible(super().getMessage())
+
+
 def _drop_output() -> None:
     """Forget what could not be written; Python would complain once more at exit."""
     with suppress(OSError, ValueError):
@@ -180,7 +233,12 @@ def _drop_output() -> None:
 def _complain(name: str, message: str) -> None:
     # All of several machines find the same mistake, and the first one says so.
     if os.environ.get("MLX_RANK", "0") == "0":
-        print(f"{name}: error: {message}", file=sys.stderr)
+        _say(f"{name}: error: {message}")
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # Nobody is told, but the status is what it should be.
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

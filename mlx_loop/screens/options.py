@@ -83,6 +83,7 @@ LARGEST = 2**53  # whole numbers up to it are exact in every type
 positive = number(int, 1, LARGEST, "a whole number from 1 up to 2^53")
 from_zero = number(int, 0, LARGEST, "a whole number from 0 up to 2^53")
 fraction = number(float, 0, 1, "a number from 0 to 1")
+half = number(float, 0, 0.5, "a number from 0 to 0.5")
 
 
 def temperature(text: str) -> float:
@@ -367,7 +368,7 @@ _SAMPLING = {
     "min_p": (fraction, "P", "drop tokens less likely than this times the likeliest"),
     "top_k": (from_zero, "K", "sample from the K likeliest tokens"),
     "xtc_probability": (fraction, "P", "how often to apply XTC sampling"),
-    "xtc_threshold": (fraction, "P", "XTC: leave out tokens above this probability (default: 0.1)"),
+    "xtc_threshold": (half, "P", "XTC: leave out tokens above this probability (default: 0.1)"),
 }
 
 

@@ -78,8 +78,7 @@ def run(args: argparse.Namespace) -> int:
         f"with a page at http://{shown}:{port}/",
         soft_wrap=True,
     )
-    serve(server)
-    return 0
+    return serve(server)
 
 
 def open_server(args: argparse.Namespace) -> Server:

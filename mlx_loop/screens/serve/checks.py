@@ -55,6 +55,9 @@ def check(body: dict[str, Any], vocabulary: int, reserved: Container[str]) -> No
         raise UserError("seed must be a whole number from 0 up, below 2^63")
     if isinstance(body.get("top_k"), int) and body["top_k"] >= vocabulary:
         raise UserError(f"top_k must be below {vocabulary}, the tokens of the model")
+    threshold = body.get("xtc_threshold", 0)
+    if isinstance(threshold, int | float) and not 0 <= threshold <= 0.5:
+        raise UserError("xtc_threshold must be between 0 and 0.5")
     _check_logprobs(body)
     _check_bias(body.get("logit_bias", {}), vocabulary)
     _check_stops(body.get("stop", []))
@@ -127,7 +130,7 @@ def _check_bias(bias: object, vocabulary: int) -> None:
             0 <= int(token) < vocabulary and abs(float(value)) <= LARGEST_NUMBER
             for token, value in bias.items()
         )
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
         raise UserError(f"logit_bias must be an object of numbers by token, 0 to {vocabulary - 1}")

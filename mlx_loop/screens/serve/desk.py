@@ -157,6 +157,8 @@ class Desk:
         setting = self._settings.pop(name, None)
         if setting is not None and not setting.batch.is_healthy:
             setting = None
+            # What its thread has not computed yet, no other one can.
+            self.kept.trim_to(n_sequences=0)
         if setting is None:
             self._make_room()
             setting = self._open(name, view)

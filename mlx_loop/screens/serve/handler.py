@@ -16,7 +16,7 @@ from http import HTTPStatus
 from importlib.resources import files
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from mlx_lm.server import (
     APIHandler,
@@ -75,7 +75,7 @@ class Handler(APIHandler):
     # --- Requests ---
 
     def do_GET(self) -> None:
-        path = urlsplit(self.path).path
+        path = _split(self.path).path
         if not self._is_welcome():
             return
         if path in PAGE:
@@ -92,7 +92,7 @@ class Handler(APIHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        path = urlsplit(self.path).path
+        path = _split(self.path).path
         if not self._is_welcome() or not self._has_key():
             return
         if path not in (*ANSWERS, "/compare"):
@@ -280,13 +280,13 @@ class Handler(APIHandler):
         """Whether no other site's page asks, through the browser of who runs this; else refuse."""
         args = self.desk.cli_args
         host = self.headers.get("Host", "")
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _split(f"//{host}").hostname or host
         if _is_loopback(args.host) and name and not (_is_loopback(name) or name == DOCKERS):
             # A name that was made to point here: its pages would count as our own.
             self._refuse(403, f"this server answers to localhost, not to {name}")
             return False
         origin = self.headers.get("Origin")
-        own = origin is None or urlsplit(origin).netloc == host
+        own = origin is None or _split(origin).netloc == host
         if own or "*" in args.allowed_origins or origin in args.allowed_origins:
             return True
         self._refuse(403, f"pages of {origin} may not ask: start the server with --allowed-origins")
@@ -299,6 +299,14 @@ class Handler(APIHandler):
             return True
         self._refuse(401, "an API key is needed: send the header Authorization: Bearer KEY")
         return False
+
+
+def _split(url: str) -> SplitResult:
+    """Its parts; none of one that is no address."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 class _Answer:

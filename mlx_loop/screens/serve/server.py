@@ -82,10 +82,17 @@ class Server(ThreadingHTTPServer):
         self.desk.stop()
 
 
-def serve(server: Server) -> None:
-    """Serve until SIGTERM or Ctrl-C; then no more requests are taken, and those under way end."""
+def serve(server: Server) -> int:
+    """Serve until SIGTERM or Ctrl-C; then no more requests are taken, and those under way end.
+
+    Returns:
+        The exit status of that signal.
+    """
+    ended = 0
 
     def stop(signum: int, frame: Any) -> None:
+        nonlocal ended
+        ended = 128 + signum
         # The next one is not waited for.
         for number in signals:
             signal.signal(number, signal.SIG_DFL)
@@ -100,3 +107,4 @@ def serve(server: Server) -> None:
         server.server_close()
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
+    return ended
