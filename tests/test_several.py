@@ -16,6 +16,7 @@ from conftest import make
 
 from mlx_loop import UserError
 from mlx_loop.checkpoints.loading import split
+from mlx_loop.screens.cli import main
 
 HERE = Path(__file__).parent
 # Run by each process: the largest difference to the whole model, by model and setting.
@@ -81,6 +82,19 @@ def ended(processes):
     return [process.communicate(timeout=120) for process in processes]
 
 
+def assert_ends(processes, command):
+    """Killing the second of two processes ends the first, with one line and status 3."""
+    first, second = processes
+    second.send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    _, err = first.communicate(timeout=60)
+    second.communicate()
+    assert time.monotonic() - began < 30
+    assert first.returncode == 3
+    said = [line for line in err.splitlines() if not line.startswith("[ring]")]
+    assert said == [f"mlx_loop {command}: error: another machine has gone, so this one ends too"]
+
+
 def test_a_split_model_has_the_logits_of_the_whole(tmp_path):
     names = ["qwen3", "qwen3_moe", "gpt_oss", "deepseek_v3"]
     processes = start(2, tmp_path, "-c", LOGITS, *names)
@@ -104,23 +118,74 @@ def test_two_processes_give_the_answer_of_one_and_the_first_speaks(tmp_path):
 
 def test_a_process_that_is_killed_ends_the_other_with_one_line(tmp_path):
     words = ["-m", "mlx_loop", "generate", "--prompt", STORY, "--loops", "60", "--max-tokens", "60"]
-    first, second = start(2, tmp_path, *words)
-    assert first.stdout.read(1) == "O"
-    second.send_signal(signal.SIGKILL)
-    began = time.monotonic()
-    _, err = first.communicate(timeout=60)
-    second.communicate()
-    assert time.monotonic() - began < 30
-    assert first.returncode == 3
-    said = [line for line in err.splitlines() if not line.startswith("[ring]")]
-    assert said == ["mlx_loop generate: error: another machine has gone, so this one ends too"]
+    processes = start(2, tmp_path, *words)
+    assert processes[0].stdout.read(1) == "O"
+    assert_ends(processes, "generate")
+
+
+# --- Problems that machines share ---
+
+SWEEP = "sweep --task demo --limit 12 --batch-size 2 --loops 2 --max-tokens 4".split()
+EVALUATE = "evaluate --tasks niah_single_1 --lengths 384 --batch-size 1 --loops 2 --trace 1".split()
+
+
+def test_a_sweep_on_several_writes_the_file_that_one_writes(tmp_path, capsys):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert main([*SWEEP, "--out", str(alone)]) == 0
+    # The header and some of the results: another number of machines goes on.
+    shared.write_text("".join(alone.read_text().splitlines(keepends=True)[:9]))
+    processes = start(4, tmp_path, "-m", "mlx_loop", *SWEEP, "--out", str(shared))
+    (out, err), *others = ended(processes)
+    assert [process.returncode for process in processes] == [0] * 4, err
+    assert shared.read_bytes() == alone.read_bytes()
+    assert out == capsys.readouterr().out
+    assert others == [("", "")] * 3
+
+
+def test_an_evaluation_on_several_has_the_files_of_one(tmp_path, capsys):
+    words = [*EVALUATE, "--limit", "2", "--out"]
+    assert main([*words, str(tmp_path / "alone")]) == 0
+    processes = start(2, tmp_path, "-m", "mlx_loop", *words, str(tmp_path / "shared"))
+    (out, err), _ = ended(processes)
+    assert [process.returncode for process in processes] == [0, 0], err
+    assert out == capsys.readouterr().out
+    for name in ("examples.jsonl", "results.jsonl", "drift.jsonl"):
+        one, two = ((tmp_path / folder / name).read_bytes() for folder in ("alone", "shared"))
+        assert one == two, name
+    assert (tmp_path / "shared" / "report.html").is_file()
+
+
+def test_what_one_of_several_cannot_measure_ends_all_of_them(tmp_path):
+    """The mistake is in a batch of the second, and the first one tells."""
+    file = tmp_path / "mine.jsonl"
+    question = {"messages": [{"role": "user", "content": "what is 12 + 30?"}], "answer": "42"}
+    wrong = {**question, "messages": [{"role": "nobody", "content": {"no": "text"}}]}
+    file.write_text("".join(json.dumps(q) + "\n" for q in (question, wrong)))
+    words = ["sweep", "--task", str(file), "--batch-size", "1", "--out", str(tmp_path / "out")]
+    processes = start(2, tmp_path, "-m", "mlx_loop", *words)
+    (_, first), (_, second) = ended(processes)
+    assert [process.returncode for process in processes] == [2, 2]
+    assert first.count("\n") == 1
+    assert second == ""
+
+
+def test_a_process_that_is_killed_ends_an_evaluation_with_one_line(tmp_path):
+    out = tmp_path / "out"
+    processes = start(2, tmp_path, "-m", "mlx_loop", *EVALUATE, "--limit", "50", "--out", str(out))
+    while not (out / "seconds.jsonl").exists():
+        assert processes[0].poll() is None
+        time.sleep(0.05)
+    assert_ends(processes, "evaluate")
+    header, *rows = (out / "results.jsonl").read_text().splitlines()
+    assert len(rows) < 100
+    assert all(map(json.loads, rows))
 
 
 def test_what_does_not_run_on_several_is_refused(tmp_path):
-    processes = start(2, tmp_path, "-m", "mlx_loop", "chat")
+    processes = start(2, tmp_path, "-m", "mlx_loop", "trace", "--prompt", "Hello")
     (_, first), (_, second) = ended(processes)
     assert [process.returncode for process in processes] == [2, 2]
-    assert "chat runs on one machine" in first
+    assert "trace runs on one machine" in first
     assert first.count("\n") == 1
     assert second == ""
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from .. import several
 from ..errors import UserError
 from ..foreign import check_text, from_json, read_json, read_stdin
 from ..presets import RECIPES
@@ -171,8 +171,9 @@ def add_trust(group: argparse._ActionsContainer) -> None:
     add(group, "--trust-remote-code", what)
 
 
-# Commands that `mlx.launch` runs on several machines, each of which has a share of the model.
-SEVERAL = ("generate",)
+# Commands that run on several machines: each has a share of the model, or the whole of it.
+SHARED, WHOLE = ("generate",), ("evaluate", "sweep")
+SEVERAL = SHARED + WHOLE
 
 
 def load_from(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
@@ -201,16 +202,13 @@ def _load(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
 
     from ..checkpoints.loading import load
 
-    group = mx.distributed.init()
-    if group.size() > 1 and args.command not in SEVERAL:
-        raise UserError(f"{args.command} runs on one machine: start it without mlx.launch")
     return load(
         args.model,
         dtype=args.dtype,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
         force=args.force,
-        group=group,
+        group=mx.distributed.init() if args.command in SHARED else None,
     )
 
 
@@ -301,7 +299,7 @@ def add_prompt_options(parser: argparse.ArgumentParser, what: str = THE_PROMPT) 
 
 def read_prompt(prompt: str | None) -> str:
     """The prompt of `--prompt`, or standard input for - or nothing."""
-    if prompt in (None, "-") and "MLX_RANK" in os.environ:
+    if prompt in (None, "-") and several.launched():
         raise UserError('several machines cannot read one standard input: give --prompt "..."')
     if prompt is None and sys.stdin.isatty():
         raise UserError('there is no prompt: give --prompt "..." or pipe one in')
@@ -443,9 +441,9 @@ def generation_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> di
         processors = make_logits_processors(repetition_penalty=args.repetition_penalty)
         more["logits_processors"] = processors
     seed = args.seed
-    if seed is None and mx.distributed.init().size() > 1:
+    if seed is None and several.count() > 1:
         # All machines have to draw the same tokens.
-        seed = int(mx.distributed.all_sum(mx.random.randint(0, 1 << 20)))
+        seed = several.from_first(lambda: int(mx.random.randint(0, 1 << 20)))
     if seed is not None:
         mx.random.seed(seed)
     return {

@@ -25,6 +25,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from .. import several
 from ..checkpoints.memory import trained_length
 from ..foreign import visible
 from ..generation.conversation import Interrupted
@@ -57,8 +58,11 @@ class Screen(Console):
 
 
 def _console(stderr: bool = False) -> Screen:
-    """As wide as the terminal; a file or pipe has no width, so nothing is wrapped there."""
-    console = Screen(stderr=stderr)
+    """As wide as the terminal; a file or pipe has no width, so nothing is wrapped there.
+
+    Of several machines the first one speaks.
+    """
+    console = Screen(stderr=stderr, quiet=not several.is_first())
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     return console

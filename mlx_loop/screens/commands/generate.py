@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING, Any
 
 from ...errors import INTERRUPTED, UserError
@@ -39,9 +38,6 @@ def run(args: argparse.Namespace) -> int:
     from ...generation.prompt import check_room, rest
     from ...generation.prompt_cache import load_prompt_cache
     from ..terminal import busy, err, numbers, out, stream
-
-    # Of several machines the first one speaks.
-    out.quiet = err.quiet = os.environ.get("MLX_RANK", "0") != "0"
 
     if args.prompt_cache_file is not None:
         if args.draft not in (None, *DRAFTS):
