@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ from .errors import UserError
 from .foreign import from_json, one_line, to_json
 
 Job = TypeVar("Job")
+
+GONE = "another machine has gone, so this one ends too"
 
 
 def launched() -> bool:
@@ -33,16 +36,29 @@ def count() -> int:
     return mx.distributed.init().size()
 
 
-def is_lost(error: RuntimeError) -> bool:
+def is_lost(error: Exception) -> bool:
     """Whether MLX says that another machine has gone."""
-    return "peer was lost" in str(error)
+    return isinstance(error, RuntimeError) and "peer was lost" in str(error)
+
+
+@contextmanager
+def _in_step() -> Iterator[None]:
+    """After what generation has begun: on a stream of its own, what is told could overtake that."""
+    import mlx.core as mx
+    from mlx_lm.generate import generation_stream
+
+    with mx.stream(generation_stream):  # type: ignore[arg-type]
+        yield
 
 
 def any_of(flag: bool) -> bool:
     """Whether it is so on any of the machines."""
     import mlx.core as mx
 
-    return flag if count() == 1 else mx.distributed.all_max(mx.array(int(flag))).item() > 0
+    if count() == 1:
+        return flag
+    with _in_step():
+        return mx.distributed.all_max(mx.array(int(flag))).item() == 1
 
 
 def all_of(value: Any) -> list[Any]:
@@ -51,9 +67,10 @@ def all_of(value: Any) -> list[Any]:
     import numpy as np
 
     said = np.frombuffer(to_json(value).encode(), np.uint8)
-    sizes: Any = mx.distributed.all_gather(mx.array([said.size])).tolist()
-    padded = mx.array(np.pad(said, (0, max(sizes) - said.size)))
-    found = np.array(mx.distributed.all_gather(padded[None]))
+    with _in_step():
+        sizes: Any = mx.distributed.all_gather(mx.array([said.size])).tolist()
+        padded = mx.array(np.pad(said, (0, max(sizes) - said.size)))
+        found = np.array(mx.distributed.all_gather(padded[None]))
     return [
         from_json(row[:size].tobytes().decode(), "what a machine said")
         for row, size in zip(found, sizes, strict=True)
@@ -84,9 +101,10 @@ def _of_first(value: Any) -> Any:
     import numpy as np
 
     said = np.frombuffer(to_json(value).encode() if is_first() else b"", np.uint8)
-    size = mx.distributed.all_sum(mx.array(said.size)).item()
-    padded = mx.array(said) if is_first() else mx.zeros(size, mx.uint8)  # type: ignore[arg-type]
-    found = np.array(mx.distributed.all_sum(padded))
+    with _in_step():
+        size: Any = mx.distributed.all_sum(mx.array(said.size)).item()
+        padded = mx.array(said) if is_first() else mx.zeros(size, mx.uint8)
+        found = np.array(mx.distributed.all_sum(padded))
     return from_json(found.tobytes().decode(), "what the first machine said")
 
 
@@ -120,10 +138,10 @@ def shared_out(
             mine: Any = {"value": [piece for job in together[me : me + 1] for piece in work(job)]}
         except UserError as error:
             mine = {"error": str(error)}
-        found = [_made(said) for said in all_of(mine)]
-        yield from (
-            (j, piece) for j, pieces in zip(together, found, strict=False) for piece in pieces
-        )
+        # The last time there may be fewer jobs than machines.
+        found = [_made(said) for said in all_of(mine)][: len(together)]
+        for job, pieces in zip(together, found, strict=True):
+            yield from ((job, piece) for piece in pieces)
 
 
 def _made(said: dict[str, Any]) -> Any:

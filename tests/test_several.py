@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,8 +16,10 @@ from pathlib import Path
 import pytest
 from conftest import make
 
-from mlx_loop import UserError
+import mlx_loop
+from mlx_loop import LoopConfig, UserError
 from mlx_loop.checkpoints.loading import split
+from mlx_loop.generation.prompt import render
 from mlx_loop.screens.cli import main
 
 HERE = Path(__file__).parent
@@ -60,8 +64,8 @@ def ports(count):
     return found
 
 
-def start(count, folder, *words):
-    """`count` processes in a ring, all started with the same words."""
+def start(count, folder, *words, stdin=None):
+    """`count` processes in a ring, all started with the same words; `stdin` is of the first."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(count)]))
     places = os.pathsep.join([str(HERE), str(HERE.parent)])
@@ -69,6 +73,7 @@ def start(count, folder, *words):
         subprocess.Popen(
             [sys.executable, *words],
             env={**os.environ, "PYTHONPATH": places, "MLX_RANK": str(rank), "MLX_HOSTFILE": hosts},
+            stdin=subprocess.DEVNULL if rank else stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -77,9 +82,10 @@ def start(count, folder, *words):
     ]
 
 
-def ended(processes):
-    """What each has written, (standard output, standard error)."""
-    return [process.communicate(timeout=120) for process in processes]
+def ended(processes, typed=None):
+    """What each has written, (standard output, standard error), after `typed` to the first."""
+    texts = [typed, *[None] * (len(processes) - 1)]
+    return [p.communicate(text, timeout=120) for p, text in zip(processes, texts, strict=True)]
 
 
 def assert_ends(processes, command):
@@ -176,7 +182,7 @@ def test_a_process_that_is_killed_ends_an_evaluation_with_one_line(tmp_path):
         assert processes[0].poll() is None
         time.sleep(0.05)
     assert_ends(processes, "evaluate")
-    header, *rows = (out / "results.jsonl").read_text().splitlines()
+    rows = (out / "results.jsonl").read_text().splitlines()[1:]
     assert len(rows) < 100
     assert all(map(json.loads, rows))
 
@@ -199,3 +205,107 @@ def test_a_model_that_cannot_be_split_evenly_is_refused(model):
         split(model, Three())
     with pytest.raises(UserError, match="cannot split models of the type 'mixtral'"):
         split(make("mixtral"), Three())
+
+
+# --- Serving ---
+
+SETTINGS = {
+    "demo:loops=1": {"loops": 1},
+    "demo:loops=6,cache=own": {"loops": 6, "cache": "own"},
+    "demo:decode=bypass": {"decode": "bypass"},  # which is served alone
+}
+
+
+def ask(port, path="/v1/chat/completions", **body):
+    """A connection with an answer to come."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    asked = {"messages": [{"role": "user", "content": STORY}], "max_tokens": 16, **body}
+    connection.request("POST", path, json.dumps(asked))
+    return connection
+
+
+def said(connection):
+    answer = connection.getresponse()
+    body = json.loads(answer.read())
+    return body["choices"][0]["message"]["content"] if answer.status == 200 else body["error"]
+
+
+def test_a_server_on_several_answers_as_one_and_ends_with_one_line_where_one_is_killed(tmp_path):
+    processes = start(2, tmp_path, "-m", "mlx_loop", "serve", "--port", "0")
+    line = processes[0].stderr.readline()
+    port = int(re.search(r"http://127\.0\.0\.1:(\d+)/v1", line)[1])
+    model, tokenizer = mlx_loop.load("demo")
+    prompt = render(tokenizer, [{"role": "user", "content": STORY}])
+
+    # Two of each at once.
+    asked = {(name, n): ask(port, model=name) for n in range(2) for name in SETTINGS}
+    found = {key: said(connection) for key, connection in asked.items()}
+    for name, fields in SETTINGS.items():
+        view = model.with_loop(LoopConfig(**fields))
+        expected = mlx_loop.generate(view, tokenizer, prompt, max_tokens=16)
+        assert found[name, 0] == found[name, 1] == expected
+
+    compared = said(ask(port, "/compare", prompt="Hello", settings=["loops=2"]))
+    assert compared == "settings are compared on one machine: ask for each in a model's name"
+
+    # Who goes away leaves the machines in step.
+    for name in SETTINGS:
+        gone = ask(port, model=name, stream=True, max_tokens=400)
+        assert b"data" in gone.getresponse().read(400)
+        gone.close()
+    assert said(ask(port, model="demo:loops=1")) == found["demo:loops=1", 0]
+
+    busy = ask(port, model="demo:loops=60", stream=True, max_tokens=400)
+    assert busy.getresponse().read(100)
+    assert_ends(processes, "serve")
+
+
+# --- Chat ---
+
+
+def without_numbers(text):
+    return [line for line in text.splitlines() if "tokens/s" not in line]
+
+
+def test_a_chat_on_several_is_that_of_one(tmp_path):
+    talk = tmp_path / "talk.json"
+    note = tmp_path / "note.txt"
+    note.write_text("Mia lives in Norwick.")
+    lines = (
+        f"What is 12 + 30?\n/loop 6\n/file {note}\nWhere does Mia live?\n/retry\n/save {talk}\n"
+        f"/load {talk}\n/seed 1\n/temp 1\nTell me a story.\n/load {tmp_path / 'nothing'}\n"
+    )
+    words = [sys.executable, "-m", "mlx_loop", "chat", "--max-tokens", "12"]
+    alone = subprocess.run(words, input=lines, capture_output=True, text=True, timeout=120)
+    talk.unlink()
+    processes = start(2, tmp_path, *words[1:], stdin=subprocess.PIPE)
+    (out, err), second = ended(processes, lines)
+    assert without_numbers(out) == without_numbers(alone.stdout)
+    assert err == alone.stderr
+    assert "nothing" in err
+    assert second == ("", "")
+    assert [process.returncode for process in processes] == [2, 2]
+    assert len(json.loads(talk.read_text())["messages"]) == 4
+
+
+def test_ctrl_c_on_one_stops_all_at_the_same_token(tmp_path):
+    words = ["-m", "mlx_loop", "chat", "--loops", "40", "--max-tokens", "400"]
+    processes = start(2, tmp_path, *words, stdin=subprocess.PIPE)
+    first = processes[0]
+    first.stdin.write(f"{STORY}\n")
+    first.stdin.flush()
+    assert first.stdout.read(1) == "O"
+    first.send_signal(signal.SIGINT)
+    (out, err), second = ended(processes)
+    assert [process.returncode for process in processes] == [130, 130], err
+    assert "\nstopped\n" in out
+    assert second == ("", "")
+
+
+def test_a_process_that_is_killed_ends_a_chat_with_one_line(tmp_path):
+    words = ["-m", "mlx_loop", "chat", "--loops", "60", "--max-tokens", "400"]
+    processes = start(2, tmp_path, *words, stdin=subprocess.PIPE)
+    processes[0].stdin.write(f"{STORY}\n")
+    processes[0].stdin.flush()
+    assert processes[0].stdout.read(1) == "O"
+    assert_ends(processes, "chat")

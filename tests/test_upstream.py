@@ -254,7 +254,13 @@ def asked(batch, **changes):
 @contextmanager
 def serving(batches, admit=lambda request, args, tokens: None, stream=None, turns=None):
     batch = upstream_server.Batch(
-        OneModel(batches), LRUPromptCache(), turns or nullcontext(), admit, stream, whole=True
+        OneModel(batches),
+        LRUPromptCache(),
+        turns or nullcontext(),
+        admit,
+        stream,
+        batches=lambda name: batches,
+        whole=lambda name: True,
     )
     try:
         yield batch

@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not several.is_lost(error):
             raise
-        _complain(name, "another machine has gone, so this one ends too")
+        _complain(name, several.GONE)
         return LOST
     except KeyboardInterrupt:
         print(file=sys.stderr)

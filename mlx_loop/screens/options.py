@@ -172,7 +172,7 @@ def add_trust(group: argparse._ActionsContainer) -> None:
 
 
 # Commands that run on several machines: each has a share of the model, or the whole of it.
-SHARED, WHOLE = ("generate",), ("evaluate", "sweep")
+SHARED, WHOLE = ("chat", "generate", "serve"), ("evaluate", "sweep")
 SEVERAL = SHARED + WHOLE
 
 

@@ -8,11 +8,12 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ... import several
 from ...errors import UserError
 from .. import options
 
 if TYPE_CHECKING:
-    from ..serve.server import Server
+    from ..serve.desk import Desk
 
 SUMMARY = "answer other programs over HTTP, with the loop settings in the model's name"
 EXAMPLES = """examples:
@@ -65,12 +66,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.draft not in (None, *options.DRAFTS):
         raise UserError("a server drafts without a second model: use --draft self or lookup")
+    if args.draft is not None and several.count() > 1:
+        raise UserError("drafts are for one machine: leave --draft out, or mlx.launch")
     from ..terminal import busy, err
 
     with busy("loading", args.model):
-        server = open_server(args)
-    from ..serve.server import serve
+        desk = open_desk(args)
+    if not several.is_first():
+        desk.join()
+        return 0
+    from ..serve.server import Server, serve
 
+    server = Server(desk, (args.host, args.port))
     host, port = map(str, server.server_address[:2])
     shown = f"[{host}]" if ":" in host else host
     err.print(
@@ -82,14 +89,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_server(args: argparse.Namespace) -> Server:
-    """What the options ask for, listening."""
+def open_desk(args: argparse.Namespace) -> Desk:
+    """What serves as the options ask for."""
     from ...checkpoints.memory import limit, weights_bytes
     from ...generation.prompt import check_prompt
     from ...generation.speculative import NUM_DRAFT_TOKENS
     from ..serve.desk import Desk
     from ..serve.names import Names
-    from ..serve.server import Server
 
     logging.basicConfig(
         level=args.log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s"
@@ -131,7 +137,7 @@ def open_server(args: argparse.Namespace) -> Server:
     )
     for listed in args.loop_names:
         names.view(f"{names.name}:{listed}")
-    return Server(Desk(settings, names, tokenizer), (args.host, args.port))
+    return Desk(settings, names, tokenizer)
 
 
 def _own_limit(model: Any) -> int:
