@@ -138,7 +138,7 @@ class Chat(Session):
     def info(self, _: str) -> None:
         model, talk = self.conversation.model, self.conversation
         rows = [
-            ("model", f"{self.title} ({model.model_type}, {len(model.layers)} layers)"),
+            ("model", f"{self.title} ({model.model_type}, {model.depth} layers)"),
             *self._loop_rows(),
             ("system", talk.system or "none"),
             ("conversation", f"{len(talk.messages)} messages"),
@@ -230,7 +230,8 @@ class Chat(Session):
         self.generation["sampler"] = replace(self.generation["sampler"], **changes)
 
     def _looped(self) -> LoopConfig:
-        saved = saved_loop(self.conversation.model)
+        checkpoint = self.conversation.model.checkpoint
+        saved = None if checkpoint is None else saved_loop(checkpoint)
         return self.conversation.loop or self._before_off or saved or LoopConfig()
 
     def _change(self, name: str, text: str) -> None:

@@ -214,7 +214,7 @@ def describe(loop: LoopConfig | None) -> str:
 
 def extra_cost(model: Looped) -> str:
     """What looping adds, in layer passes per looped token."""
-    layers = len(model.layers)
+    layers = model.depth
     extra = layer_passes(model.loop, layers) / layers - 1
     loop = model.loop
     decode = "full" if loop is None else str(loop.decode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from ... import several
 from ...errors import INTERRUPTED, UserError
 from ...foreign import to_json
 from .. import options
@@ -25,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add(parser, "--json", "print one JSON object")
     what = "go on from what `mlx_loop cache_prompt` saved"
     options.add(parser, "--prompt-cache-file", what, str, "FILE")
-    options.add_model_options(parser)
+    options.add_model_options(parser, pipeline=True)
     options.add_loop_options(parser)
     options.add_sampling_options(parser, max_tokens=256)
     options.add_answer_options(parser)
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         late = ("system_prompt", "ignore_chat_template")
         refuse(args, late, "with --prompt-cache-file, which holds the beginning of the message")
         refuse(args, ("max_kv_size",), "with --prompt-cache-file, which keeps the size it has")
+        if several.count() > 1:
+            raise UserError("--prompt-cache-file is of one machine: leave it out, or mlx.launch")
     prompt = read_prompt(args.prompt)
     cache = None
     with busy("loading", args.model):
@@ -92,8 +95,8 @@ def _report(name: str, model: Looped, answer: Streamed) -> dict[str, Any]:
     report: dict[str, Any] = {
         "model": name,
         "loop": None if model.loop is None else model.loop.to_dict(),
-        "layers": len(model.layers),
-        "layer_passes": layer_passes(model.loop, len(model.layers)),
+        "layers": model.depth,
+        "layer_passes": layer_passes(model.loop, model.depth),
         "text": answer.text,
         "finish_reason": "interrupted" if answer.stopped else None,
     }

@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what = "what is printed"
     levels = ("debug", "info", "warning", "error")
     add(group, "--log-level", what, str, default="warning", choices=levels)
-    options.add_model_options(parser)
+    options.add_model_options(parser, pipeline=True)
     options.add_loop_options(parser)
     group = parser.add_argument_group("answers", "What a request does not say.")
     options.add_max_tokens(group, 512)
