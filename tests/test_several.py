@@ -23,32 +23,39 @@ from mlx_loop.generation.prompt import render
 from mlx_loop.screens.cli import main
 
 HERE = Path(__file__).parent
-# Run by each process: the largest difference to the whole model, by model and setting.
+# Run by each process: the largest difference to the whole model, by model.
 LOGITS = """
 import json, sys
 import mlx.core as mx
 from conftest import make, relative_error
 from mlx_loop import LoopConfig
 from mlx_loop.checkpoints.loading import split
+from mlx_loop.models.pipeline import into_stages
 
 group = mx.distributed.init()
 found = {}
-for name in sys.argv[1:]:
+policies = ("first", "last", "own")
+for asked in sys.argv[1:]:
+    name, _, pipeline = asked.partition("/")
     mx.random.seed(0)  # Biases are drawn before `make` seeds.
     model = make(name, num_key_value_heads=4)
-    settings = [None] + [LoopConfig(loops=3, cache=c) for c in ("first", "last", "own")]
+    more = {"window": (4, 6), "scope": "block"} if pipeline else {}
+    settings = [None] + [LoopConfig(loops=3, cache=c, **more) for c in policies]
+    if pipeline:  # Layers that loop one by one are on several machines.
+        settings += [LoopConfig(loops=3, cache=c, window=(1, 7), scope="layer") for c in policies]
 
     def logits(loop):
         view = model.with_loop(loop)
-        cache = view.new_cache()
-        parts = [view(mx.array([t]), cache=cache) for t in ([5, 6, 7, 8, 9], [10], [11])]
-        out = mx.concatenate(parts, axis=1)
-        mx.eval(out)
-        return out
+        cache, parts = view.new_cache(), []
+        for text in ([5, 6, 7, 8, 9], [10], [11]):
+            parts.append(view(mx.array([text]), cache=cache))
+            # As mlx-lm does: in a pipeline nothing else keeps one pass behind the other.
+            mx.eval(parts)
+        return mx.concatenate(parts, axis=1)
 
     whole = [logits(loop) for loop in settings]
-    split(model, group)
-    found[name] = max(relative_error(logits(s), w) for s, w in zip(settings, whole))
+    (into_stages if pipeline else split)(model, group)
+    found[asked] = max(relative_error(logits(s), w) for s, w in zip(settings, whole))
 if group.rank() == 0:
     print(json.dumps(found))
 """
@@ -101,22 +108,31 @@ def assert_ends(processes, command):
     assert said == [f"mlx_loop {command}: error: another machine has gone, so this one ends too"]
 
 
-def test_a_split_model_has_the_logits_of_the_whole(tmp_path):
-    names = ["qwen3", "qwen3_moe", "gpt_oss", "deepseek_v3"]
-    processes = start(2, tmp_path, "-c", LOGITS, *names)
+@pytest.mark.parametrize(
+    ("count", "names"),
+    [
+        (2, "qwen3 qwen3_moe gpt_oss deepseek_v3 deepseek_v3/pipeline qwen2/pipeline"),
+        (4, "qwen3 deepseek_v3 deepseek_v3/pipeline"),
+    ],
+)
+def test_a_split_model_has_the_logits_of_the_whole(tmp_path, count, names):
+    names = names.split()
+    processes = start(count, tmp_path, "-c", LOGITS, *names)
     (out, err), *_ = ended(processes)
-    assert [process.returncode for process in processes] == [0, 0], err
+    assert [process.returncode for process in processes] == [0] * count, err
     found = json.loads(out)
     assert found.keys() == set(names)
     assert max(found.values()) < 1e-4, found
 
 
-def test_two_processes_give_the_answer_of_one_and_the_first_speaks(tmp_path):
-    words = ["-m", "mlx_loop", "generate", "--prompt", STORY, "--loops", "4", "--max-tokens", "40"]
+@pytest.mark.parametrize("options", [[], ["--pipeline"]])
+def test_two_processes_give_the_answer_of_one_and_the_first_speaks(tmp_path, options):
+    words = ["-m", "mlx_loop", "generate", "--prompt", STORY, "--loops", "4", "--max-tokens", "20"]
+    words += ["--model", "demo-mla"] if options else []
     alone = subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, timeout=120, check=True
     )
-    first, second = ended(start(2, tmp_path, *words))
+    first, second = ended(start(2, tmp_path, *words, *options))
     assert first[0] == alone.stdout
     assert "tokens/s" in first[1]
     assert second == ("", "")

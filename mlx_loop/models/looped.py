@@ -123,7 +123,10 @@ class Looped(nn.Module):
             return known
         holders = self.modules() if known is None else [at(self, known.layers[0].path[:-2])]
         if any(getattr(holder, "pipeline_size", 1) > 1 for holder in holders):
-            raise UserError("a model split into a pipeline cannot loop: set loop=None")
+            raise UserError(
+                "a pipeline that mlx-lm has made cannot loop: load the model with group and "
+                "pipeline=True, or set loop=None"
+            )
         if known is None:
             known = self._known.anatomy = survey(self, _forward)
         return known

@@ -14,6 +14,7 @@ from .. import options
 
 if TYPE_CHECKING:
     from ..serve.desk import Desk
+    from ..serve.names import Names
 
 SUMMARY = "answer other programs over HTTP, with the loop settings in the model's name"
 EXAMPLES = """examples:
@@ -36,8 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(group, "--api-key", what, str, "KEY")
     what = "other sites' pages that may ask, as https://chat.example,http://localhost:3000, or *"
     add(group, "--allowed-origins", what, _words(","), "ORIGINS")
-    what = "settings that /v1/models lists, with spaces between"
-    add(group, "--loop-names", what, _words(" "), "NAMES", LOOP_NAMES)
+    what = f"settings that /v1/models lists (default: '{LOOP_NAMES}', as far as they fit)"
+    add(group, "--loop-names", what, _words(" "), "NAMES")
     what = "tokens of a prompt and its answer together (default: the model's own limit)"
     add(group, "--max-context", what, options.positive, "N")
     add(group, "--max-request-bytes", "of a request", options.positive, "N", 8 << 20)
@@ -108,7 +109,7 @@ def open_desk(args: argparse.Namespace) -> Desk:
         host=args.host,
         api_key=args.api_key or os.environ.get(KEY) or None,
         allowed_origins=args.allowed_origins or [],
-        loop_names=args.loop_names,
+        loop_names=_listed(names, args.loop_names),
         max_context=args.max_context or _own_limit(model),
         max_request_bytes=args.max_request_bytes,
         draft=args.draft,
@@ -135,9 +136,19 @@ def open_desk(args: argparse.Namespace) -> Desk:
         trust_remote_code=False,
         pipeline=False,
     )
-    for listed in args.loop_names:
-        names.view(f"{names.name}:{listed}")
     return Desk(settings, names, tokenizer)
+
+
+def _listed(names: Names, given: list[str] | None) -> list[str]:
+    found = []
+    for name in LOOP_NAMES.split() if given is None else given:
+        try:
+            names.view(f"{names.name}:{name}")
+            found.append(name)
+        except UserError:
+            if given is not None:
+                raise
+    return found
 
 
 def _own_limit(model: Any) -> int:
