@@ -16,17 +16,19 @@ from .foreign import from_json, one_line, to_json
 
 Job = TypeVar("Job")
 
+# Where the launchers say which process this is: MLX's own, and Open MPI's.
+_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
 GONE = "another machine has gone, so this one ends too"
 
 
 def launched() -> bool:
     """Whether `mlx.launch` has started this process, of one or several."""
-    return "MLX_RANK" in os.environ
+    return any(name in os.environ for name in _RANKS)
 
 
 def is_first() -> bool:
     """Whether this is the machine that reads, writes and speaks for all, or the only one."""
-    return os.environ.get("MLX_RANK", "0") == "0"
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def count() -> int:

@@ -42,7 +42,7 @@ def into_stages(model: Looped, group: mx.distributed.Group) -> None:
     if not isinstance(holder, Pipeline) or not plain or len(set(map(type, caches))) > 1:
         raise UserError(
             f"models of the type {model.model_type!r} do not run as a pipeline: leave --pipeline "
-            "out to split each layer"
+            "(pipeline=True) out to split each layer"
         )
     stages = _stages(group.size(), len(whole.layers), model.loop)
     holder.pipeline(group, [len(stage) for stage in reversed(stages)])
