@@ -52,7 +52,9 @@ class ResponseGenerator(Batch):
     desk: _Desk | None = None
 
     def __init__(self, provider: Any, kept: LRUPromptCache):
-        super().__init__(provider, kept, Turns(), lambda *_: None, stream_generate, whole=False)
+        batches = provider.is_batchable
+        of_name = (lambda _: batches), (lambda _: False)
+        super().__init__(provider, kept, Turns(), lambda *_: None, stream_generate, *of_name)
 
 
 class _Desk(Desk):

@@ -46,6 +46,8 @@ ARCHITECTURES: dict[tuple[str, str], str] = _need("utils:MODEL_ARCHITECTURE_REMA
 EXPERTS = (_need("models.switch_layers:SwitchGLU"), _need("models.switch_layers:SwitchMLP"))
 # Types whose mask lets a token see later ones of the same call.
 NOT_CAUSAL = ("phi3small",)
+# What holds the layers of types that can be a pipeline.
+Pipeline: Any = _need("models.pipeline:PipelineMixin")
 download: Callable[..., Path] = _need("utils:_download")
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm import server
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import LRUPromptCache
+
+from . import several
 
 Stream = Generator[GenerationResponse, None, None]
 
@@ -37,21 +40,32 @@ server.stream_generate = _stream  # type: ignore[assignment]
 server._make_logits_processors = _processors
 
 
-class Batch(server.ResponseGenerator):
-    """mlx-lm's queue of requests and the thread that serves them, for one of several settings.
+# What stands among the requests to end the threads of several machines at the same time.
+_END = "end"
 
-    Not with `mx.distributed`, where all ranks have to do the same work in the same order.
+
+class Batch(server.ResponseGenerator):
+    """mlx-lm's queue of requests and the thread that serves them.
+
+    On several machines each has one, and they do the same work in the order of the first: from
+    there all get its requests, and hear whether one is admitted.
+
+    Attributes:
+        lost: what MLX said where another machine has gone; the thread has ended then.
 
     Args:
-        provider: the model with its setting.
+        provider: of models, by name.
         kept: caches of earlier prompts.
         turns: held while the device is given work, so that settings alternate.
         admit: called in the thread with a request, its arguments and its tokens; what it raises
             reaches the one who asked.
         stream: answers a request that is served alone, called as mlx-lm's `stream_generate`.
-        whole: whether prompts are processed in one piece, rather than cut where their caches are
-            worth keeping.
+        batches: whether requests to the model of a name can be in a batch.
+        whole: whether its prompts are processed in one piece, rather than cut where their caches
+            are worth keeping.
     """
+
+    lost: RuntimeError | None = None
 
     def __init__(
         self,
@@ -60,9 +74,11 @@ class Batch(server.ResponseGenerator):
         turns: AbstractContextManager[Any],
         admit: Callable[[server.CompletionRequest, server.GenerationArguments, list[int]], None],
         stream: Callable[..., Stream],
-        whole: bool,
+        batches: Callable[[str], bool],
+        whole: Callable[[str], bool],
     ):
-        self._turns, self._admit, self._alone_stream, self._whole = turns, admit, stream, whole
+        self._turns, self._admit, self._alone_stream = turns, admit, stream
+        self._batches, self._whole = batches, whole
         # The thread starts here, and asks for its budget of time after its first request.
         super().__init__(provider, kept)
         self._time_budget = _OneStep(turns)  # type: ignore[assignment]
@@ -70,21 +86,86 @@ class Batch(server.ResponseGenerator):
     def _generate(self) -> None:
         try:
             super()._generate()
+        except RuntimeError as error:
+            if not several.is_lost(error):
+                raise
+            self.lost = error
         finally:
             # A process that ends while MLX is still ending streams of a thread aborts.
             mx.clear_streams()
 
+    def _next_request(self, timeout: float | None = None) -> Any:
+        request = super()._next_request(timeout)
+        if request is None or request[1] != _END:
+            return request
+        self._stop = True
+        return None
+
+    def stop_and_join(self) -> None:
+        if not self._is_distributed:
+            super().stop_and_join()
+            return
+        self.requests.put((None, _END))
+        self.join()
+
+    def _await_response(self, response_queue: Any) -> Any:
+        try:
+            return super()._await_response(response_queue)
+        except RuntimeError as error:
+            raise self.lost or error from None
+
+    def _is_batchable(self, args: Any) -> bool:
+        # mlx-lm knows it of the model that it has answered with last.
+        self.model_provider.is_batchable = self._batches(args.model.model)
+        return super()._is_batchable(args)
+
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> tuple[Any, ...]:
         prompt, segments, types, state, vision = super()._tokenize(tokenizer, request, args)
-        self._admit(request, args, prompt)
-        if self._whole:
+        refused: Exception | None = None
+        try:
+            self._admit(request, args, prompt)
+        except Exception as error:
+            refused = error
+        if self._is_distributed:
+            # Machines with other caches of earlier prompts would not do the same work.
+            refused, kept = self._share_object((refused, len(self.prompt_cache)))
+            self.prompt_cache.trim_to(n_sequences=kept)
+        if refused is not None:
+            raise refused
+        if self._whole(args.model.model):
             segments, types = [prompt], ["assistant"]
         return prompt, segments, types, state, vision
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         _alone.stream = self._alone_stream
+        if self._is_distributed:
+            queue = _Queue(request[0])
+            _alone.stream, request = partial(self._until_gone, queue), (queue, *request[1:])
         with self._turns:
             super()._serve_single(request, stream)
+
+    def _until_gone(self, queue: _Queue, **kwargs: Any) -> Stream:
+        """The answer, which all machines end at the same token where nobody reads it any more."""
+        with closing(self._alone_stream(**kwargs)) as answer:
+            for response in answer:
+                yield response
+                if self._share_object(queue.gone or None):
+                    return
+
+
+class _Queue:
+    """The way to one who asked and may go away, of which mlx-lm would tell one machine alone."""
+
+    def __init__(self, queue: Any):
+        self._queue, self.gone = queue, False
+
+    def put(self, item: Any) -> None:
+        if isinstance(item, server.GenerationContext):
+            item.stop = self._stop  # type: ignore[method-assign]
+        self._queue.put(item)
+
+    def _stop(self) -> None:
+        self.gone = True
 
 
 class _OneStep:

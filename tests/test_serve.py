@@ -24,6 +24,7 @@ from mlx_loop.screens.cli import build_parser
 from mlx_loop.screens.commands import serve as command
 from mlx_loop.screens.serve import checks
 from mlx_loop.screens.serve.desk import MOST_SETTINGS
+from mlx_loop.screens.serve.server import Server
 from mlx_loop.screens.serve.turns import Turns
 
 QUESTION = [{"role": "user", "content": "What is 12 + 30?"}]
@@ -99,7 +100,7 @@ def until(condition, seconds=20):
 @contextmanager
 def running(*options):
     args = build_parser().parse_args(["serve", "--port", "0", *options])
-    server = command.open_server(args)
+    server = Server(command.open_desk(args), (args.host, args.port))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

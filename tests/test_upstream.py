@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm.utils
 import pytest
-from conftest import relative_error, tokens
+from conftest import make, relative_error, tokens
 from mlx_lm import server
 from mlx_lm.generate import (
     generate_step,
@@ -204,6 +204,25 @@ def test_experts_are_called_with_states_and_numbers():
         assert experts(mx.zeros((1, 3, 32)), mx.zeros((1, 3, 2), mx.uint32)).shape == (1, 3, 2, 32)
 
 
+# --- Pipelines ---
+
+
+def test_a_pipeline_keeps_the_numbers_of_its_layers():
+    class Group:
+        def size(self):
+            return 3
+
+        def rank(self):
+            return 1
+
+    model = make("qwen2")
+    layers = list(model.model.layers)
+    assert isinstance(model.model, upstream.Pipeline)
+    model.model.pipeline(Group(), [3, 3, 2])
+    assert model.model.layers == [None, None, *layers[2:5]]
+    assert model.layers == layers[2:5]
+
+
 # --- The server ---
 
 
@@ -254,7 +273,13 @@ def asked(batch, **changes):
 @contextmanager
 def serving(batches, admit=lambda request, args, tokens: None, stream=None, turns=None):
     batch = upstream_server.Batch(
-        OneModel(batches), LRUPromptCache(), turns or nullcontext(), admit, stream, whole=True
+        OneModel(batches),
+        LRUPromptCache(),
+        turns or nullcontext(),
+        admit,
+        stream,
+        batches=lambda name: batches,
+        whole=lambda name: True,
     )
     try:
         yield batch

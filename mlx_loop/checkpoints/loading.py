@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..foreign import foreseen, path_of, read_json
 from ..models import get_classes
 from ..models.looped import Checkpoint, Looped
+from ..models.pipeline import into_stages
 from ..settings import LoopConfig, LoopLike, as_loop
 from ..upstream import EXPERTS, download
 from . import memory, sensitivity
@@ -59,6 +60,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     group: mx.distributed.Group | None = None,
+    pipeline: bool = False,
 ) -> tuple[Looped, TokenizerWrapper]:
     """Load a model, looped, and its tokenizer.
 
@@ -81,6 +83,7 @@ def load(
         revision: branch, tag or commit of the repository.
         trust_remote_code: let the tokenizer run code from the checkpoint.
         group: the machines over which each layer is split (docs/several-macs.md); None: one.
+        pipeline: give each machine whole layers instead.
 
     Raises:
         UserError: whatever is wrong with the checkpoint or the settings, in one line.
@@ -99,6 +102,7 @@ def load(
         lazy=lazy,
         force=force,
         group=group,
+        pipeline=pipeline,
     )
     check_vocabulary(path, model, tokenizer)
     return model, tokenizer
@@ -153,6 +157,7 @@ def load_model(
     force: bool = False,
     revision: str | None = None,
     group: mx.distributed.Group | None = None,
+    pipeline: bool = False,
 ) -> Looped:
     """The model alone, for a checkpoint without a tokenizer. Arguments as in `load`, but
 
@@ -169,17 +174,21 @@ def load_model(
     with foreseen(f"cannot load {path}"):
         if dtype is None and needs_float32(model):
             dtype = "float32"
+        if group is not None and group.size() == 1:
+            group = None
+        if group is not None and (chosen or adapter_path is not None):
+            raise UserError(
+                "a model over several machines takes neither quantize nor adapters while it is "
+                "loaded: save it with them first"
+            )
+        if group is not None and pipeline:
+            into_stages(model, group)
         todo = pieces(model, chosen, None if dtype is None else getattr(mx, dtype))
         if dtype not in (None, "float32") and needs_float32(model, quantised=False):
             raise UserError(
                 f"MLX computes experts on the CPU in float32 only: leave dtype ({dtype}) out"
             )
-        if group is not None and group.size() > 1:
-            if chosen or adapter_path is not None:
-                raise UserError(
-                    "a model over several machines takes neither quantize nor adapters while it is "
-                    "loaded: save it with them first"
-                )
+        if group is not None and not pipeline:
             split(model, group)
         if not (force or lazy):
             memory.refuse_what_does_not_fit(model, base_model(model) or str(path))
@@ -244,7 +253,7 @@ def open_checkpoint(path: Path, loop: LoopArgument = "saved") -> Looped:
         loaded, config = mlx_lm_utils.load_model(folder, lazy=True, get_model_classes=get_classes)
         model = cast(Looped, loaded)
         model.checkpoint = Checkpoint(path, config)
-        model.loop = saved_loop(model) if isinstance(loop, str) else loop
+        model.loop = saved_loop(model.checkpoint) if isinstance(loop, str) else loop
         # Shapes that do not fit are found here: nothing is computed, and no weight is read.
         plain = model.with_loop(None)
         plain(mx.zeros((1, 2), mx.int32), cache=plain.new_cache())
@@ -306,18 +315,17 @@ def needs_float32(model: Looped, quantised: bool = True) -> bool:
     return experts and mx.default_device() == mx.cpu
 
 
-def saved_loop(model: Looped) -> LoopConfig | None:
-    """The settings stored with the model's checkpoint; empty ones where nothing is stored.
+def saved_loop(checkpoint: Checkpoint) -> LoopConfig | None:
+    """The settings stored with a checkpoint; empty ones where nothing is stored.
 
     Raises:
         UserError: what is stored is not valid.
     """
-    assert model.checkpoint is not None
-    saved = model.checkpoint.config.get("loop", {})
+    saved = checkpoint.config.get("loop", {})
     try:
         return None if saved is None else LoopConfig.from_dict(saved)
     except UserError as error:
-        file = model.checkpoint.path / "config.json"
+        file = checkpoint.path / "config.json"
         raise UserError(f"the loop section of {file}: {error}") from error
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .. import several
 from ..errors import UserError
 from ..files import alone
 from ..models.looped import Looped
@@ -98,7 +99,7 @@ def carry_out(
     Returns:
         Whether it came to the end.
     """
-    with alone(folder / RESULTS):
+    with several.held_by_first(lambda: alone(folder / RESULTS)):
         results = Results.open(folder / RESULTS, study.header())
         title = f"{len(views)} settings"
         for task in (problems, *others):

@@ -15,6 +15,7 @@ from typing import Any, cast
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
+from .. import several
 from ..checkpoints.card import base_model
 from ..checkpoints.loading import DEMOS
 from ..errors import UserError
@@ -217,6 +218,11 @@ def _views(model: Looped, settings: Settings) -> list[Looped]:
 
 
 def _looped(model: Looped, settings: Settings) -> list[Looped]:
+    if several.count() > 1:
+        raise UserError(
+            "settings are measured on one machine in Python: on several use mlx_loop evaluate or "
+            "sweep, which give each a part of the problems"
+        )
     views = _views(model, settings)
     if len(views) < 2:
         raise UserError("there is no looped setting to compare: give one with 2 loops or more")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import several
 from ..errors import UserError
 from ..foreign import from_json, read_text, to_json
 from ..settings import LoopConfig, is_number
@@ -33,26 +34,17 @@ class Results:
     def open(cls, path: Path, header: Row) -> Results:
         """The results in `path`, which is made if it is not there.
 
+        Of several machines the first one has the file, and all know what is in it.
+
         A first or last line that was cut off, by a crash or a full disk, is removed, and a line
         that is no result is left alone: what it may have held is measured again.
 
         Raises:
             UserError: the file holds something else, or cannot be read or written.
         """
-        first = to_json(header) + "\n"
-        with writing(path):
-            text = read_text(path) if path.exists() else ""
-            if first.startswith(text) and text != first:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(first.encode())
-                return cls(path, {})
-            found = parsed(text)
-            check_header(path, next(found, None), header)
-            rows = {(key(row["loop"]), row["item"]): row for row in found if _is_result(row)}
-            whole = text[: text.rfind("\n") + 1]
-            if len(whole) < len(text):
-                os.truncate(path, len(whole.encode()))
-            return cls(path, rows)
+        found = several.from_first(lambda: _open(path, header))
+        rows = {(key(row["loop"]), row["item"]): row for row in found}
+        return cls(path if several.is_first() else None, rows)
 
     def add(self, loop: LoopConfig | None, row: Row) -> None:
         """Append one result."""
@@ -68,6 +60,22 @@ class Results:
 
     def of(self, loop: LoopConfig | None, item: Row) -> Row:
         return self.rows[key(loop), item["item"]]
+
+
+def _open(path: Path, header: Row) -> list[Row]:
+    first = to_json(header) + "\n"
+    with writing(path):
+        text = read_text(path) if path.exists() else ""
+        if first.startswith(text) and text != first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(first.encode())
+            return []
+        found = parsed(text)
+        check_header(path, next(found, None), header)
+        whole = text[: text.rfind("\n") + 1]
+        if len(whole) < len(text):
+            os.truncate(path, len(whole.encode()))
+        return [row for row in found if _is_result(row)]
 
 
 def _is_result(row: Any) -> bool:

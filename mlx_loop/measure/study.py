@@ -6,7 +6,7 @@ Batches are the same however often a run was interrupted, so the files are too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .. import several
 from ..files import check_space, whole_file
 from ..foreign import read_text, to_json
 from ..models.looped import Looped
 from .outcome import Scores
 from .results import Results, Row, append, check_header, fingerprint, parsed
 from .tasks import ruler
-from .tasks.task import Score, Task
+from .tasks.task import Found, Score, Task
 
 BYTES = 1000  # of a result, about
 
@@ -36,6 +37,8 @@ def run(
 ) -> None:
     """Measure what `results` lacks, every setting in turn for each batch.
 
+    Several machines do a batch each, at the same time.
+
     Args:
         views: the un-looped one first.
         advance: called with how many items were done.
@@ -47,25 +50,40 @@ def run(
     if results.path is not None:
         total, done = extent(views, task, results)
         check_space(results.path.parent, results.path, (total - done) * BYTES)
-    for items in task.batches():
-        todo = [
-            view
-            for view in views
-            if not all(results.has(view.loop, item, task.numbers) for item in items)
-        ]
+    jobs = ((items, _lacking(views, task, results, items)) for items in task.batches())
+    todo = ((items, lacking) for items, lacking in jobs if lacking)
+
+    def measure(job: Job) -> Iterator[list[Found]]:
+        items, lacking = job
+        return task.measure([views[number] for number in lacking], tokenizer, items)
+
+    for (items, lacking), together in several.shared_out(todo, measure):
         names = [item["item"] for item in items]
-        for together in task.measure(todo, tokenizer, items) if todo else ():
-            done = 0
-            for number, rows, spent in together:
-                loop = todo[number].loop
-                for row in rows:
-                    if not results.has(loop, row, task.numbers if row["item"] in names else ()):
-                        results.add(loop, row)
-                        done += row["item"] in names
-                if seconds is not None and spent is not None:
-                    line = {"answers": len(items), "seconds": round(spent, 4)}
-                    append(seconds, {"loop": loop and loop.to_dict(), **line})
-            advance(done)
+        done = 0
+        for number, rows, spent in together:
+            loop = views[lacking[number]].loop
+            for row in rows:
+                if not results.has(loop, row, task.numbers if row["item"] in names else ()):
+                    results.add(loop, row)
+                    done += row["item"] in names
+            if seconds is not None and spent is not None and several.is_first():
+                line = {"answers": len(items), "seconds": round(spent, 4)}
+                append(seconds, {"loop": loop and loop.to_dict(), **line})
+        advance(done)
+
+
+# A batch, and the numbers of the views under which it is measured.
+Job = tuple[Sequence[Row], list[int]]
+
+
+def _lacking(
+    views: Sequence[Looped], task: Task, results: Results, items: Sequence[Row]
+) -> list[int]:
+    return [
+        number
+        for number, view in enumerate(views)
+        if not all(results.has(view.loop, item, task.numbers) for item in items)
+    ]
 
 
 def extent(views: Sequence[Looped], task: Task, results: Results) -> tuple[int, int]:
@@ -164,13 +182,14 @@ def examples(
 ) -> ruler.Ruler:
     """The long-context problems of a study, from its folder, or made and written there.
 
+    Of several machines the first one has the folder.
+
     Args:
         advance: called after each problem that is made.
 
     Raises:
         UserError: a task does not fit a length, or the file cannot be read or written.
     """
-    path = folder / EXAMPLES
     task = ruler.Ruler(
         [],
         study.answer_prefix,
@@ -179,6 +198,18 @@ def examples(
         study.batch_size,
         study.prefill_step_size,
     )
+    problems = several.from_first(lambda: _examples(study, task, tokenizer, folder, advance))
+    return task.of([ruler.Example(**problem) for problem in problems])
+
+
+def _examples(
+    study: Study,
+    task: ruler.Ruler,
+    tokenizer: TokenizerWrapper,
+    folder: Path,
+    advance: Callable[[], None],
+) -> list[Row]:
+    path = folder / EXAMPLES
     text = read_text(path) if path.exists() else ""
     if not to_json(study.header()).startswith(text):
         header, *lines = [*parsed(text)] or [None]
@@ -187,18 +218,19 @@ def examples(
             found = [ruler.Example(**line) for line in lines]  # type: ignore[arg-type]
             wanted = [(*cell, index) for cell in study.cells() for index in range(study.limit)]
             if wanted == [(e.task, e.length, e.index) for e in found]:
-                return task.of(found)
+                return lines
 
     def size(text: str, prefix: str) -> int:
         return len(task.tokens(tokenizer, text, prefix))
 
-    made = []
+    made: list[Row] = []
     for name, length in study.cells():
         for index in range(study.limit):
-            made.append(ruler.example(name, length, index, size, study.sources, study.seed))
+            example = ruler.example(name, length, index, size, study.sources, study.seed)
+            made.append(asdict(example))
             advance()
-    rows = [study.header(), *map(asdict, made)]
+    rows = [study.header(), *made]
     # A damaged file is made again: the same problems come of the same header.
     with whole_file(path, overwrite=True) as scratch:
         scratch.write_bytes("".join(to_json(row) + "\n" for row in rows).encode())
-    return task.of(made)
+    return made

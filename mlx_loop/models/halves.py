@@ -39,6 +39,8 @@ def untrimmable(cache: Sequence[Any]) -> str | None:
 
 def obstacle(model: Looped, cache: Sequence[Any]) -> str | None:
     """Why a model cannot go in halves with a cache; None: it can."""
+    if model.stages is not None:
+        return "a pipeline, of which each machine has some layers"
     loop, found = model.loop, untrimmable(cache)
     if found or loop is None or model.is_unlooped:
         return found

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 def per_layer(model: Looped) -> int:
     """Histories that each layer of the window keeps."""
-    loop = None if model.is_unlooped else model.loop
+    loop = model.here
     return 1 if loop is None or not POLICIES[loop.cache].per_pass else passes(loop)
 
 
 def looped_entries(model: Looped) -> list[int]:
     """The cache entries with a history per evaluation."""
-    if model.loop is None or per_layer(model) == 1:
+    if model.here is None or per_layer(model) == 1:
         return []
-    found = {e for window in model.loop.windows for e in model.anatomy.entries(window)}
+    found = {e for window in model.here.windows for e in model.anatomy.entries(window)}
     return sorted(found)
 
 

@@ -29,7 +29,7 @@ from ..method.plan import is_natural
 from ..method.walk import Walk
 from ..presets import resolve
 from ..settings import LoopConfig, LoopLike, ResolvedLoop, as_loop
-from . import histories
+from . import histories, pipeline
 from .gate import Share, gated
 
 
@@ -51,6 +51,7 @@ class _Known:
 
     anatomy: Anatomy | None = None
     vocabulary: int | None = None
+    part: Anatomy | None = None
 
 
 class Looped(nn.Module):
@@ -59,15 +60,18 @@ class Looped(nn.Module):
     Attributes:
         checkpoint: what the model was loaded from; None: it was made by hand.
         observer: watches every loop (`loop.Observer`); None: nobody does.
+        stages: which layers are on which machine; None: all of them on each.
     """
 
     checkpoint: Checkpoint | None = None
     observer: Observer | None = None
+    stages: pipeline.Stages | None = None
 
     model_type: str
     layers: Sequence[nn.Module]
 
     _loop: ResolvedLoop | None = None
+    _here: ResolvedLoop | None = None
     _prompt_end: int | None = None
     _firings: Count | None = None
     _make_cache: Callable[[], list[Any]] | None = None
@@ -91,15 +95,38 @@ class Looped(nn.Module):
 
     @property
     def anatomy(self) -> Anatomy:
-        """How mlx-lm's forward pass uses the layers.
+        """How mlx-lm's forward pass uses the layers; of a pipeline, those that are here.
 
         Raises:
             UserError: a model type whose layers cannot be iterated.
         """
+        if self.stages is None:
+            return self.whole
+        if self._known.part is None:
+            self._known.part = pipeline.part(self.whole, self.stages.here)
+        return self._known.part
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are, on all machines."""
+        return len(self.layers) if self.stages is None else self.stages.all[-1].stop
+
+    @property
+    def whole(self) -> Anatomy:
+        """The `anatomy` of all layers, on whatever machine.
+
+        Raises:
+            UserError: as `anatomy`.
+        """
         known = self._known.anatomy
+        if self.stages is not None and known is not None:
+            return known
         holders = self.modules() if known is None else [at(self, known.layers[0].path[:-2])]
         if any(getattr(holder, "pipeline_size", 1) > 1 for holder in holders):
-            raise UserError("a model split into a pipeline cannot loop: set loop=None")
+            raise UserError(
+                "a pipeline that mlx-lm has made cannot loop: load the model with group and "
+                "pipeline=True, or set loop=None"
+            )
         if known is None:
             known = self._known.anatomy = survey(self, _forward)
         return known
@@ -125,11 +152,15 @@ class Looped(nn.Module):
     def loop(self, loop: LoopConfig | None) -> None:
         resolved = None
         if loop is not None:
-            anatomy = self.anatomy
+            anatomy = self.whole
             resolved = resolve(loop, self.model_type, len(anatomy.layers), anatomy.mixes_experts)
             if not is_natural(resolved):
                 anatomy.check_loop(resolved)
-        self._loop = resolved
+                if self.stages is not None:
+                    pipeline.check(resolved, self.stages.all)
+        self._loop = self._here = resolved
+        if resolved is not None and self.stages is not None:
+            self._here = pipeline.loop_of(resolved, self.stages.here)
         self._share = Share()
         self._firings = None if resolved is None or resolved.guard is None else Count()
 
@@ -142,6 +173,13 @@ class Looped(nn.Module):
         view = copy.copy(self)
         view.loop = as_loop(loop)
         return view
+
+    @property
+    def here(self) -> ResolvedLoop | None:
+        """The settings under which layers of this machine loop, with the window as they are
+        numbered here; None: none of them loops.
+        """
+        return None if self.is_unlooped else self._here
 
     @property
     def is_unlooped(self) -> bool:
@@ -241,13 +279,16 @@ class Looped(nn.Module):
                 outs.append(gated(self, tokens, cache, run, self._share))
             else:
                 outs.append(run(how == "looped"))
+            if self.stages is not None and len(outs) > 1:
+                # Machines have to pass on the parts in the same order.
+                mx.eval(outs)
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
 
     def _run(
         self, tokens: mx.array | None, cache: list[Any] | None, kwargs: dict[str, Any], loops: bool
     ) -> mx.array:
         walk = self.walk()
-        if loops or histories.per_layer(self) > 1:
+        if self.here is not None and (loops or histories.per_layer(self) > 1):
             self.run(cache).put_into(walk, loops)
         return walk.run(tokens, histories.faces(self, cache), **kwargs)
 
@@ -257,9 +298,9 @@ class Looped(nn.Module):
 
     def run(self, cache: list[Any] | None, **settings: Any) -> Run:
         """The loop, for one forward pass with `cache`; settings are those of `loop.Run`."""
-        assert self._loop is not None
+        assert self._here is not None
         settings.setdefault("policy", histories.policy(self, cache))
-        return Run(self, self._loop, firings=self._firings, observer=self.observer, **settings)
+        return Run(self, self._here, firings=self._firings, observer=self.observer, **settings)
 
     # --- Caches ---
 

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 from rich.text import Text
 
+from .. import several
 from ..checkpoints.loading import saved_loop
 from ..errors import UserError
 from ..files import whole_file
@@ -112,7 +113,7 @@ class Chat(Session):
     @command("PATH", "put a text file before the next message")
     def file(self, argument: str) -> None:
         path = path_of(needed(argument, "/file notes.txt"))
-        text = read_text(path)
+        text = several.from_first(lambda: read_text(path))
         self._texts.append(text)
         words = f"{len(text.split())} words of {path} go before your next message"
         out.print(words, style="dim")
@@ -137,7 +138,7 @@ class Chat(Session):
     def info(self, _: str) -> None:
         model, talk = self.conversation.model, self.conversation
         rows = [
-            ("model", f"{self.title} ({model.model_type}, {len(model.layers)} layers)"),
+            ("model", f"{self.title} ({model.model_type}, {model.depth} layers)"),
             *self._loop_rows(),
             ("system", talk.system or "none"),
             ("conversation", f"{len(talk.messages)} messages"),
@@ -170,8 +171,12 @@ class Chat(Session):
             "system": self.conversation.system,
             "messages": messages,
         }
-        with whole_file(path, overwrite=not argument) as file:
-            file.write_bytes(f"{to_json(data, indent=2)}\n".encode())
+
+        def write() -> None:
+            with whole_file(path, overwrite=not argument) as file:
+                file.write_bytes(f"{to_json(data, indent=2)}\n".encode())
+
+        several.from_first(write)
         self._file = path
         out.print(f"{len(messages)} messages saved to {path}", style="dim")
 
@@ -179,7 +184,7 @@ class Chat(Session):
     def load(self, argument: str) -> None:
         path = path_of(needed(argument, "/load talk.json"))
         with foreseen(f"{path} is not a conversation that /save wrote"):
-            data = read_json(path)
+            data = several.from_first(lambda: read_json(path))
             messages = [{"role": m["role"], "content": m["content"]} for m in data["messages"]]
             system, loop = data["system"], data["loop"]
             texts = [system or "", *chain(*(message.values() for message in messages))]
@@ -225,7 +230,8 @@ class Chat(Session):
         self.generation["sampler"] = replace(self.generation["sampler"], **changes)
 
     def _looped(self) -> LoopConfig:
-        saved = saved_loop(self.conversation.model)
+        checkpoint = self.conversation.model.checkpoint
+        saved = None if checkpoint is None else saved_loop(checkpoint)
         return self.conversation.loop or self._before_off or saved or LoopConfig()
 
     def _change(self, name: str, text: str) -> None:

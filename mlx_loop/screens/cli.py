@@ -19,10 +19,10 @@ from itertools import takewhile
 from types import FrameType
 from typing import Any, NoReturn
 
-from .. import __version__
+from .. import __version__, several
 from ..errors import INTERRUPTED, LOST, UNREAD, USER_ERROR, UserError
 from ..foreign import one_line, visible
-from .options import check_idle
+from .options import SEVERAL, check_idle
 
 # Modules of `commands`, each with a SUMMARY, EXAMPLES, `add_options` and `run`.
 COMMANDS = (
@@ -120,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = parser.parse_args(typed)
             name = f"mlx_loop {args.command}"
             check_idle(args)
+            if args.command not in SEVERAL and several.count() > 1:
+                raise UserError(f"{args.command} runs on one machine: start it without mlx.launch")
             status = args.run(args)
             sys.stdout.flush()
             # A library may have swallowed the SystemExit.
@@ -132,10 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return USER_ERROR
     except RuntimeError as error:
-        # What MLX says where one of several machines has gone.
-        if "peer was lost" not in str(error):
+        if not several.is_lost(error):
             raise
-        _complain(name, "another machine has gone, so this one ends too")
+        _complain(name, several.GONE)
         return LOST
     except KeyboardInterrupt:
         _say("")
@@ -232,7 +233,7 @@ def _drop_output() -> None:
 
 def _complain(name: str, message: str) -> None:
     # All of several machines find the same mistake, and the first one says so.
-    if os.environ.get("MLX_RANK", "0") == "0":
+    if several.is_first():
         _say(f"{name}: error: {message}")
 
 

@@ -117,7 +117,7 @@ def check_model(names: Iterable[str], model: Looped) -> None:
     Raises:
         UserError: there is such a field among `names`.
     """
-    if "routing" in names and not model.anatomy.mixes_experts:
+    if "routing" in names and not model.whole.mixes_experts:
         raise UserError("routing does nothing: this model has no experts. Leave it out")
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from .. import several
 from ..errors import UserError
 from ..foreign import check_text, from_json, read_json, read_stdin
 from ..presets import RECIPES
@@ -19,8 +19,9 @@ from .fields import SETTINGS, check_model, check_read, combinations, parse_setti
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from ..checkpoints.loading import LoopArgument
     from ..generation.sampling import Sampler
-    from ..models.looped import Looped
+    from ..models.looped import Checkpoint, Looped
 
 # --- What an option is, and when it does nothing ---
 
@@ -149,8 +150,12 @@ def _is_given(args: argparse.Namespace, name: str) -> bool:
 # --- Model ---
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model and how it is loaded."""
+def add_model_options(parser: argparse.ArgumentParser, pipeline: bool = False) -> None:
+    """--model and how it is loaded.
+
+    Args:
+        pipeline: whether there is --pipeline.
+    """
     group = parser.add_argument_group("model")
     add_model_name(group)
     add(group, "--adapter-path", "LoRA adapters, as mlx-lm makes them", str, "DIR")
@@ -158,6 +163,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add(group, "--force", "try even a model that does not fit into memory")
     widths = ("float32", "float16", "bfloat16")
     add(group, "--dtype", "of the weights, else as stored", str, choices=widths)
+    if pipeline:
+        what = "on several machines: whole layers on each, rather than a share of every layer"
+        add(group, "--pipeline", what)
 
 
 def add_model_name(group: argparse._ActionsContainer) -> None:
@@ -172,8 +180,9 @@ def add_trust(group: argparse._ActionsContainer) -> None:
     add(group, "--trust-remote-code", what)
 
 
-# Commands that `mlx.launch` runs on several machines, each of which has a share of the model.
-SEVERAL = ("generate",)
+# Commands that run on several machines: each has a share of the model, or the whole of it.
+SHARED, WHOLE = ("chat", "generate", "serve"), ("evaluate", "sweep")
+SEVERAL = SHARED + WHOLE
 
 
 def load_from(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
@@ -187,14 +196,14 @@ def load_from(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
 def load_with_start(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper, LoopConfig]:
     """The model and tokenizer, and the settings from which options start."""
     model, tokenizer = _load(args)
-    return model, tokenizer, _start(args, model)
+    return model, tokenizer, _start(args, model.checkpoint)
 
 
 def load_for_names(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper, LoopConfig]:
     """As `load_from`, and the settings to which a model's name adds."""
     given = _given_fields(args)
     model, tokenizer = load_from(args)
-    return model, tokenizer, replace(_start(args, model), **given)
+    return model, tokenizer, replace(_start(args, model.checkpoint), **given)
 
 
 def _load(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
@@ -202,16 +211,19 @@ def _load(args: argparse.Namespace) -> tuple[Looped, TokenizerWrapper]:
 
     from ..checkpoints.loading import load
 
-    group = mx.distributed.init()
-    if group.size() > 1 and args.command not in SEVERAL:
-        raise UserError(f"{args.command} runs on one machine: start it without mlx.launch")
+    pipeline = getattr(args, "pipeline", False)
+    if pipeline and several.count() == 1:
+        refuse(args, ("pipeline",), "on one machine")
     return load(
         args.model,
+        # Stages are cut where these settings do not loop.
+        loop=_asked(args) if pipeline else "saved",
+        pipeline=pipeline,
         dtype=args.dtype,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
         force=args.force,
-        group=group,
+        group=mx.distributed.init() if args.command in SHARED else None,
     )
 
 
@@ -253,7 +265,7 @@ def apply_loop(args: argparse.Namespace, model: Looped) -> None:
     """Give a model the loop settings that the options ask for, on top of those saved with it."""
     given = _given_fields(args)
     if given or args.recipe is not None:
-        loop = replace(_start(args, model), **given)
+        loop = replace(_start(args, model.checkpoint), **given)
         check_read(given, [loop])
         check_model(given, model)
         model.loop = loop
@@ -281,11 +293,24 @@ def _parsed(args: argparse.Namespace, parse: Callable[[str, str], Any]) -> dict[
     return {name: parse(name, text) for name, text in texts.items() if text is not None}
 
 
-def _start(args: argparse.Namespace, model: Looped) -> LoopConfig:
+def _start(args: argparse.Namespace, checkpoint: Checkpoint | None) -> LoopConfig:
     from ..checkpoints.loading import saved_loop
 
-    start = saved_loop(model) if args.recipe is None else RECIPES[args.recipe]
+    assert checkpoint is not None  # The model was loaded from there.
+    start = saved_loop(checkpoint) if args.recipe is None else RECIPES[args.recipe]
     return start or LoopConfig()
+
+
+def _asked(args: argparse.Namespace) -> LoopArgument:
+    """The settings that the options ask for, before the model is loaded."""
+    from ..checkpoints.loading import find, read_config
+    from ..models.looped import Checkpoint
+
+    given = _given_fields(args)
+    if not given and args.recipe is None:
+        return "saved"
+    path = find(args.model)
+    return replace(_start(args, Checkpoint(path, read_config(path))), **given)
 
 
 # --- Prompt ---
@@ -302,7 +327,7 @@ def add_prompt_options(parser: argparse.ArgumentParser, what: str = THE_PROMPT) 
 
 def read_prompt(prompt: str | None) -> str:
     """The prompt of `--prompt`, or standard input for - or nothing."""
-    if prompt in (None, "-") and "MLX_RANK" in os.environ:
+    if prompt in (None, "-") and several.launched():
         raise UserError('several machines cannot read one standard input: give --prompt "..."')
     if prompt is None and sys.stdin.isatty():
         raise UserError('there is no prompt: give --prompt "..." or pipe one in')
@@ -444,9 +469,9 @@ def generation_from(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> di
         processors = make_logits_processors(repetition_penalty=args.repetition_penalty)
         more["logits_processors"] = processors
     seed = args.seed
-    if seed is None and mx.distributed.init().size() > 1:
+    if seed is None and several.count() > 1:
         # All machines have to draw the same tokens.
-        seed = int(mx.distributed.all_sum(mx.random.randint(0, 1 << 20)))
+        seed = several.from_first(lambda: int(mx.random.randint(0, 1 << 20)))
     if seed is not None:
         mx.random.seed(seed)
     return {

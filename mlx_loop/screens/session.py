@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from .. import several
 from ..errors import INTERRUPTED, USER_ERROR, UserError
 from ..foreign import foreseen, one_line
 from .prompt_line import piped_lines, typed_lines
@@ -58,14 +59,14 @@ class Session:
 
     def serve(self) -> int:
         """Answer all that is typed or piped; the exit status."""
-        interactive = is_interactive()
+        interactive = several.from_first(is_interactive)
         if interactive:
             keys = Text("/help for commands, Ctrl-C stops an answer, Ctrl-D leaves", "dim")
             title = f"mlx_loop {self.name}"
             rows = grid([*self.about(), ("", keys)])
             out.print(Panel(rows, title=title, title_align="left", expand=False))
         typed = interactive and typed_lines(self.name, self.commands(), self._take_line)
-        for line in typed or piped_lines():
+        for line in several.lines_from_first(typed or piped_lines()):
             try:
                 if interactive and line in LEAVE:
                     break
@@ -75,8 +76,8 @@ class Session:
                 elif not self.answer(line) and not interactive:
                     return INTERRUPTED
             except KeyboardInterrupt:
-                # The second one, in the middle of a pass.
-                if not interactive:
+                # The second one, in the middle of a pass, where machines may be out of step.
+                if not interactive or several.count() > 1:
                     raise
                 out.print("stopped", style="yellow")
             except UserError as error:

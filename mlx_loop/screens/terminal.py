@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from .. import several
 from ..checkpoints.memory import trained_length
 from ..foreign import visible
 from ..generation.conversation import Interrupted
@@ -57,8 +57,11 @@ class Screen(Console):
 
 
 def _console(stderr: bool = False) -> Screen:
-    """As wide as the terminal; a file or pipe has no width, so nothing is wrapped there."""
-    console = Screen(stderr=stderr)
+    """As wide as the terminal; a file or pipe has no width, so nothing is wrapped there.
+
+    Of several machines the first one speaks.
+    """
+    console = Screen(stderr=stderr, quiet=not several.is_first())
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     return console
@@ -86,18 +89,27 @@ def plain_table(*columns: str, left: tuple[str, ...] = ()) -> Table:
     return table
 
 
+class Stop:
+    """Whether Ctrl-C was pressed; of several machines on any, and all hear of it together."""
+
+    pressed = False
+
+    def is_set(self) -> bool:
+        return several.any_of(self.pressed)
+
+
 @contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that nothing stops in the middle of a pass over the model.
+def interruptible() -> Iterator[Stop]:
+    """What Ctrl-C sets, so that nothing stops in the middle of a pass over the model.
 
     A second Ctrl-C raises KeyboardInterrupt.
     """
-    stop = threading.Event()
+    stop = Stop()
 
     def handle(signum: int, frame: Any) -> None:
-        if stop.is_set():
+        if stop.pressed:
             raise KeyboardInterrupt
-        stop.set()
+        stop.pressed = True
 
     before = signal.signal(signal.SIGINT, handle)
     try:
@@ -126,7 +138,7 @@ def progress_bar(unit: str = "", count: ProgressColumn | None = None) -> Progres
 
 
 @contextmanager
-def prompt_progress(step: int, stop: threading.Event) -> Iterator[Callable[[int, int], None]]:
+def prompt_progress(step: int, stop: Stop) -> Iterator[Callable[[int, int], None]]:
     """mlx-lm's progress callback: a bar for prompts of several chunks, and the place to stop.
 
     Args:
@@ -202,7 +214,7 @@ def describe(loop: LoopConfig | None) -> str:
 
 def extra_cost(model: Looped) -> str:
     """What looping adds, in layer passes per looped token."""
-    layers = len(model.layers)
+    layers = model.depth
     extra = layer_passes(model.loop, layers) / layers - 1
     loop = model.loop
     decode = "full" if loop is None else str(loop.decode)

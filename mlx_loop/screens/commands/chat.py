@@ -18,7 +18,7 @@ In the chat, /help lists what can be changed while it runs."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    options.add_model_options(parser)
+    options.add_model_options(parser, pipeline=True)
     options.add_loop_options(parser)
     options.add_sampling_options(parser, max_tokens=512)
     options.add_answer_options(parser)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ... import several
 from ...errors import INTERRUPTED, UserError
 from ...files import check_file
 from ...foreign import path_of
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
     from ..measuring import load_views, measuring, table
     from ..terminal import err, out
 
+    if theirs and several.count() > 1:
+        raise UserError("lm_eval: tasks run on one machine: leave them out, or mlx.launch")
     lengths, include_path = args.lengths or [4096], _path(args.include_path)
     files = {name: path_of(split_name(name)[1]) for name in names}
     study = Study(
@@ -122,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         files={name: fingerprint(path) for name, path in files.items()},
     )
     folder = path_of(args.out)
-    check_file(folder / RESULTS)
+    several.from_first(lambda: check_file(folder / RESULTS))
     views, tokenizer = load_views(args, DEFAULT_AXES)
     place = str(find(args.model))
     others = other_tasks(study, tokenizer, files, theirs, lengths, place, include_path)
@@ -132,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
         bars.remove_task(bar)
         traces = 2 if args.trace is None else args.trace
         finished = carry_out(study, views, tokenizer, folder, problems, others, traces, measure)
+    if not several.is_first():
+        return 0 if finished else INTERRUPTED
     if not finished:
         err.print("stopped; the same command goes on from here", style="yellow")
     layers = len(views[0].layers)

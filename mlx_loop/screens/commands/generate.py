@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING, Any
 
+from ... import several
 from ...errors import INTERRUPTED, UserError
 from ...foreign import to_json
 from .. import options
@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add(parser, "--json", "print one JSON object")
     what = "go on from what `mlx_loop cache_prompt` saved"
     options.add(parser, "--prompt-cache-file", what, str, "FILE")
-    options.add_model_options(parser)
+    options.add_model_options(parser, pipeline=True)
     options.add_loop_options(parser)
     options.add_sampling_options(parser, max_tokens=256)
     options.add_answer_options(parser)
@@ -40,9 +40,6 @@ def run(args: argparse.Namespace) -> int:
     from ...generation.prompt_cache import load_prompt_cache
     from ..terminal import busy, err, numbers, out, stream
 
-    # Of several machines the first one speaks.
-    out.quiet = err.quiet = os.environ.get("MLX_RANK", "0") != "0"
-
     if args.prompt_cache_file is not None:
         if args.draft not in (None, *DRAFTS):
             raise UserError(
@@ -52,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         late = ("system_prompt", "ignore_chat_template")
         refuse(args, late, "with --prompt-cache-file, which holds the beginning of the message")
         refuse(args, ("max_kv_size",), "with --prompt-cache-file, which keeps the size it has")
+        if several.count() > 1:
+            raise UserError("--prompt-cache-file is of one machine: leave it out, or mlx.launch")
     prompt = read_prompt(args.prompt)
     cache = None
     with busy("loading", args.model):
@@ -96,8 +95,8 @@ def _report(name: str, model: Looped, answer: Streamed) -> dict[str, Any]:
     report: dict[str, Any] = {
         "model": name,
         "loop": None if model.loop is None else model.loop.to_dict(),
-        "layers": len(model.layers),
-        "layer_passes": layer_passes(model.loop, len(model.layers)),
+        "layers": model.depth,
+        "layer_passes": layer_passes(model.loop, model.depth),
         "text": answer.text,
         "finish_reason": "interrupted" if answer.stopped else None,
     }

@@ -8,11 +8,13 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ... import several
 from ...errors import UserError
 from .. import options
 
 if TYPE_CHECKING:
-    from ..serve.server import Server
+    from ..serve.desk import Desk
+    from ..serve.names import Names
 
 SUMMARY = "answer other programs over HTTP, with the loop settings in the model's name"
 EXAMPLES = """examples:
@@ -35,8 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(group, "--api-key", what, str, "KEY")
     what = "other sites' pages that may ask, as https://chat.example,http://localhost:3000, or *"
     add(group, "--allowed-origins", what, _words(","), "ORIGINS")
-    what = "settings that /v1/models lists, with spaces between"
-    add(group, "--loop-names", what, _words(" "), "NAMES", LOOP_NAMES)
+    what = f"settings that /v1/models lists (default: '{LOOP_NAMES}', as far as they fit)"
+    add(group, "--loop-names", what, _words(" "), "NAMES")
     what = "tokens of a prompt and its answer together (default: the model's own limit)"
     add(group, "--max-context", what, options.positive, "N")
     add(group, "--max-request-bytes", "of a request", options.positive, "N", 8 << 20)
@@ -51,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what = "what is printed"
     levels = ("debug", "info", "warning", "error")
     add(group, "--log-level", what, str, default="warning", choices=levels)
-    options.add_model_options(parser)
+    options.add_model_options(parser, pipeline=True)
     options.add_loop_options(parser)
     group = parser.add_argument_group("answers", "What a request does not say.")
     options.add_max_tokens(group, 512)
@@ -65,12 +67,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.draft not in (None, *options.DRAFTS):
         raise UserError("a server drafts without a second model: use --draft self or lookup")
+    if args.draft is not None and several.count() > 1:
+        raise UserError("drafts are for one machine: leave --draft out, or mlx.launch")
     from ..terminal import busy, err
 
     with busy("loading", args.model):
-        server = open_server(args)
-    from ..serve.server import serve
+        desk = open_desk(args)
+    if not several.is_first():
+        desk.join()
+        return 0
+    from ..serve.server import Server, serve
 
+    server = Server(desk, (args.host, args.port))
     host, port = map(str, server.server_address[:2])
     shown = f"[{host}]" if ":" in host else host
     err.print(
@@ -81,14 +89,13 @@ def run(args: argparse.Namespace) -> int:
     return serve(server)
 
 
-def open_server(args: argparse.Namespace) -> Server:
-    """What the options ask for, listening."""
+def open_desk(args: argparse.Namespace) -> Desk:
+    """What serves as the options ask for."""
     from ...checkpoints.memory import limit, weights_bytes
     from ...generation.prompt import check_prompt
     from ...generation.speculative import NUM_DRAFT_TOKENS
     from ..serve.desk import Desk
     from ..serve.names import Names
-    from ..serve.server import Server
 
     logging.basicConfig(
         level=args.log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s"
@@ -101,7 +108,7 @@ def open_server(args: argparse.Namespace) -> Server:
         host=args.host,
         api_key=args.api_key or os.environ.get(KEY) or None,
         allowed_origins=args.allowed_origins or [],
-        loop_names=args.loop_names,
+        loop_names=_listed(names, args.loop_names),
         max_context=args.max_context or _own_limit(model),
         max_request_bytes=args.max_request_bytes,
         draft=args.draft,
@@ -128,9 +135,19 @@ def open_server(args: argparse.Namespace) -> Server:
         trust_remote_code=False,
         pipeline=False,
     )
-    for listed in args.loop_names:
-        names.view(f"{names.name}:{listed}")
-    return Server(Desk(settings, names, tokenizer), (args.host, args.port))
+    return Desk(settings, names, tokenizer)
+
+
+def _listed(names: Names, given: list[str] | None) -> list[str]:
+    found = []
+    for name in LOOP_NAMES.split() if given is None else given:
+        try:
+            names.view(f"{names.name}:{name}")
+            found.append(name)
+        except UserError:
+            if given is not None:
+                raise
+    return found
 
 
 def _own_limit(model: Any) -> int:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ... import several
 from ...errors import INTERRUPTED, UserError
 from ...files import alone, check_file
 from ...foreign import path_of
@@ -84,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
     asked = {name: value for name, value in asked.items() if value is not None}
     data = [fingerprint(path) for path in files_of(names)]
     out_file = path_of(args.out)
-    check_file(out_file)
+    several.from_first(lambda: check_file(out_file))
     if args.plot is not None:
-        check(path_of(args.plot))
+        several.from_first(lambda: check(path_of(args.plot)))
     views, tokenizer = load_views(args, DEFAULT_AXES)
     task = read_tasks(names, tokenizer, args.limit, **asked)
     header = {
@@ -97,9 +98,11 @@ def run(args: argparse.Namespace) -> int:
         **{name: getattr(task, name, None) for name in ASKED if name != "batch"},
         "measure": "task" if of_kind == "questions" else of_kind,
     }
-    with alone(out_file), measuring() as (_, measure):
+    with several.held_by_first(lambda: alone(out_file)), measuring() as (_, measure):
         results = Results.open(out_file, header)
         finished = measure(f"{len(views)} settings", views, tokenizer, task, results)
+    if not several.is_first():
+        return 0 if finished else INTERRUPTED
     items = complete(views, task, results)
     if not finished:
         err.print(

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ... import several
 from ...checkpoints.memory import Footprint
 from ...errors import UserError
 from ...generation.prompt import render
@@ -123,6 +124,8 @@ def asked(desk: Desk, body: dict[str, Any]) -> Comparison:
     Raises:
         UserError: it cannot be understood.
     """
+    if several.count() > 1:
+        raise UserError("settings are compared on one machine: ask for each in a model's name")
     prompt, settings = body.get("prompt"), body.get("settings")
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError("the prompt is empty: type one")

@@ -17,6 +17,7 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prom
 from mlx_lm.server import CompletionRequest, GenerationArguments, ModelProvider
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ... import several
 from ...checkpoints.memory import Footprint
 from ...errors import UserError
 from ...generation.batch import merges
@@ -71,27 +72,32 @@ class KeptCaches(LRUPromptCache):
 
 
 class Provider(ModelProvider):
-    """mlx-lm's, which answers with one view of a model that is loaded already."""
+    """mlx-lm's, which answers with views of a model that is loaded already."""
 
-    def __init__(
-        self, args: argparse.Namespace, view: Looped, tokenizer: TokenizerWrapper, name: str
-    ):
+    def __init__(self, args: argparse.Namespace, names: Names, tokenizer: TokenizerWrapper):
         super().__init__(args)
+        self._names, self._tokenizer = names, tokenizer
+
+    def load_default(self) -> None:
+        """Nothing: each request names its model."""
+
+    def load(self, name: str, *_: Any) -> tuple[Looped, TokenizerWrapper]:
+        view = self._names.view(name)
         # Whoever serves with it says where a prompt ends, or has settings that need not know.
         mine = view.with_loop(view.loop)
         mine.make_cache = view.new_cache
-        self._loaded: dict[str, Any] = {
-            "model": mine,
-            "tokenizer": tokenizer,
-            "model_key": (name, None, None),
-            "is_batchable": not view.tells_tokens_apart and merges(view.new_cache()),
-        }
+        loaded = {"model": mine, "tokenizer": self._tokenizer, "model_key": (name, None, None)}
+        vars(self).update(loaded)
+        return mine, self._tokenizer
 
-    def load_default(self) -> None:
-        vars(self).update(self._loaded)
+    def batches(self, name: str) -> bool:
+        view = self._names.view(name)
+        return not view.tells_tokens_apart and merges(view.new_cache())
 
-    def load(self, *_: Any) -> tuple[Looped, TokenizerWrapper]:
-        return self._loaded["model"], self._loaded["tokenizer"]
+    def takes_whole(self, name: str) -> bool:
+        # Passes of a prompt see each other, so that pieces would change the answer.
+        view = self._names.view(name)
+        return not view.is_unlooped and view.loop is not None and view.loop.cache != "own"
 
 
 @dataclass
@@ -99,7 +105,6 @@ class _Setting:
     """A batch and what its requests need of memory, in bytes, by their arguments' `id`."""
 
     batch: Batch
-    footprint: Callable[[int], int]
     asked: int = 0
     needs: dict[int, int] = field(default_factory=dict)
 
@@ -111,6 +116,9 @@ class _Setting:
 
 class Desk:
     """What serves requests: one batch per setting, made when it is asked for.
+
+    On several machines one batch serves all settings, one after the other as mlx-lm does it: there
+    each machine has to do the same work in the same order, and turns go by time.
 
     Args:
         args: the options of mlx-lm's server, with `max_context`, tokens of a prompt and its
@@ -129,8 +137,12 @@ class Desk:
         self.vocabulary: int = view.with_loop(None)(mx.zeros((1, 1), mx.int32)).shape[-1]
         render = hugging_face(tokenizer).apply_chat_template
         self.reserved = frozenset(inspect.signature(render).parameters)
+        self._footprint = lru_cache(64)(lambda name: Footprint(names.view(name)))
         self._settings: dict[str, _Setting] = {}
         self._lock = threading.RLock()
+        self._one_batch = several.count() > 1
+        if self._one_batch:
+            self._setting(view)
 
     @property
     def is_healthy(self) -> bool:
@@ -153,15 +165,15 @@ class Desk:
                 setting.asked -= 1
 
     def _setting(self, view: Looped) -> _Setting:
-        name = self.names.canonical(view)
+        name = "all" if self._one_batch else self.names.canonical(view)
         setting = self._settings.pop(name, None)
-        if setting is not None and not setting.batch.is_healthy:
+        if setting is not None and not setting.batch.is_healthy and not self._one_batch:
             setting = None
             # What its thread has not computed yet, no other one can.
             self.kept.trim_to(n_sequences=0)
         if setting is None:
             self._make_room()
-            setting = self._open(name, view)
+            setting = self._open()
         # The latest one last, so that the first one is the longest unused.
         self._settings[name] = setting
         return setting
@@ -177,9 +189,7 @@ class Desk:
             )
         self._settings.pop(idle).batch.stop_and_join()
 
-    def _open(self, name: str, view: Looped) -> _Setting:
-        footprint = Footprint(view)
-
+    def _open(self) -> _Setting:
         latest: tuple[GenerationArguments, list[int]]
 
         def admit(request: CompletionRequest, args: GenerationArguments, tokens: list[int]) -> None:
@@ -190,16 +200,9 @@ class Desk:
         def alone(**kwargs: Any) -> Generator[GenerationResponse, None, None]:
             return self._alone(*latest, **kwargs)
 
-        batch = Batch(
-            Provider(self._batch_args, view, self.tokenizer, name),
-            self.kept,
-            self.turns,
-            admit,
-            alone,
-            # Passes of a prompt see each other, so that pieces would change the answer.
-            whole=not view.is_unlooped and view.loop is not None and view.loop.cache != "own",
-        )
-        setting = _Setting(batch, lru_cache(64)(footprint.cache))
+        provider = Provider(self._batch_args, self.names, self.tokenizer)
+        of_name = provider.batches, provider.takes_whole
+        setting = _Setting(Batch(provider, self.kept, self.turns, admit, alone, *of_name))
         return setting
 
     def _admit(
@@ -221,7 +224,10 @@ class Desk:
         schema = getattr(request, "schema", None)
         if schema is not None:
             vars(args)["processors"] = [self.grammars.processor(schema)]
-        need = setting.footprint(-(-(len(tokens) + args.max_tokens) // 256) * 256)
+        if not several.is_first():
+            return
+        length = -(-(len(tokens) + args.max_tokens) // 256) * 256
+        need = self._footprint(args.model.model).cache(length)
         total = self.cli_args.prompt_cache_bytes
         if need > total:
             raise UserError(
@@ -243,10 +249,13 @@ class Desk:
             for setting in self._settings.values():
                 setting.needs.pop(id(args), None)
             used = sum(s.nbytes for s in self._settings.values())
-            self._leave(self.cli_args.prompt_cache_bytes - used)
+            # On several machines all drop the same caches: when the first admits a request.
+            if not self._one_batch:
+                self._leave(self.cli_args.prompt_cache_bytes - used)
 
     def _leave(self, nbytes: int) -> None:
-        self.kept.max_bytes = nbytes
+        if not self._one_batch:
+            self.kept.max_bytes = nbytes
         self.kept.trim_to(n_bytes=nbytes)
 
     def _alone(
@@ -311,6 +320,18 @@ class Desk:
         except UserError:
             return False
         return True
+
+    def check(self) -> None:
+        """RuntimeError: another one of several machines has gone."""
+        for setting in list(self._settings.values()):
+            if setting.batch.lost is not None:
+                raise setting.batch.lost
+
+    def join(self) -> None:
+        """Serve what the first of several machines is asked, until it ends."""
+        for setting in self._settings.values():
+            setting.batch.join()
+        self.check()
 
     def stop(self) -> None:
         """End all threads."""

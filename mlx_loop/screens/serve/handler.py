@@ -27,6 +27,7 @@ from mlx_lm.server import (
 )
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ... import several
 from ...errors import UserError
 from ...models.looped import Looped
 from ...upstream_server import Batch
@@ -163,8 +164,10 @@ class Handler(APIHandler):
         except (Busy, *GONE):
             raise
         except Exception as error:
-            log.exception("an answer has failed")
-            self._fail(str(error))
+            lost = several.is_lost(error)
+            if not lost:
+                log.exception("an answer has failed")
+            self._fail(several.GONE if lost else str(error))
 
     def generate_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """mlx-lm's, with probabilities of the tokens that were chosen, in streams as well."""

@@ -70,6 +70,9 @@ class Server(ThreadingHTTPServer):
         finally:
             self._places.release()
 
+    def service_actions(self) -> None:
+        self.desk.check()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("a connection has failed", exc_info=True)
 
