@@ -414,8 +414,9 @@ def _is_int(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether it can be counted with: no NaN, nor a whole number beyond the largest float."""
-    is_one = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_one and abs(value) <= sys.float_info.max
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _as_tuple(value: object) -> tuple[Any, ...] | None:
