@@ -254,8 +254,9 @@ class LoopConfig:
         weights = _as_tuple(self.weights)
         if not weights or not all(is_number(w) for w in weights):
             raise _wrong("weights", self.weights, "a list of numbers that sum to 1")
-        if abs(sum(weights) - 1) > 1e-6:
-            raise _wrong("weights", self.weights, f"numbers that sum to 1, not {sum(weights):g}")
+        total = sum(map(float, weights))
+        if abs(total - 1) > 1e-6:
+            raise _wrong("weights", self.weights, f"numbers that sum to 1, not {total:g}")
         if self.loops is not None and len(weights) != self.loops + 1:
             raise _wrong("weights", self.weights, f"loops + 1 = {self.loops + 1} numbers")
         object.__setattr__(self, "weights", weights)
@@ -414,8 +415,9 @@ def _is_int(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether it can be counted with: no NaN, nor a whole number beyond the largest float."""
-    is_one = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_one and abs(value) <= sys.float_info.max
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _as_tuple(value: object) -> tuple[Any, ...] | None:

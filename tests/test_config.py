@@ -86,6 +86,7 @@ def test_a_number_that_is_no_float_is_refused(field):
     [
         {"alpha": (HUGE,)},
         {"weights": (0, HUGE)},
+        {"weights": (10**308, 10**308)},
         {"guard": {"growth": HUGE}},
         {"guard": {"band": (0, HUGE)}},
     ],

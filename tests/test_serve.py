@@ -668,6 +668,14 @@ def test_a_comparison_that_nobody_reads_ends(client):
     until(lambda: not work.running)
 
 
+def test_predictions_that_are_no_numbers_are_told(client):
+    loop = {"integrator": "poly_blend", "loops": 3, "weights": [3e38, -3e38, 1, 0]}
+    status, answer = client.post({**CHAT, "loop": loop})
+    assert (status, "predicts NaN or infinity" in answer["error"]) == (500, True)
+    with client.stream({**CHAT, "loop": loop}) as events:
+        assert any("predicts NaN or infinity" in event for event in events)
+
+
 def test_an_answer_that_fails_spoils_no_other_one(monkeypatch):
     """Its thread has left caches that no other thread can finish."""
     with running() as client:

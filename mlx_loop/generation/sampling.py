@@ -22,10 +22,15 @@ def check_finite(loop: object, total: mx.array) -> None:
         UserError: one of them is NaN or infinite.
     """
     if not mx.isfinite(total).all().item():
-        raise UserError(
-            f"the model predicts NaN or infinity with loop {loop or 'off'}: if it does so without "
-            "a loop, its weights are damaged or need --dtype float32; else loop less"
-        )
+        raise not_finite(loop)
+
+
+def not_finite(loop: object) -> UserError:
+    """What to say of predictions that are no numbers."""
+    return UserError(
+        f"the model predicts NaN or infinity with loop {loop or 'off'}: if it does so without "
+        "a loop, its weights are damaged or need --dtype float32; else loop less"
+    )
 
 
 @dataclass(frozen=True)

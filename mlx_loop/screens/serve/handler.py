@@ -6,6 +6,7 @@ import hmac
 import io
 import json
 import logging
+import math
 import select
 import socket
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ... import several
 from ...errors import UserError
+from ...generation.sampling import not_finite
 from ...models.looped import Looped
 from ...upstream_server import Batch
 from . import checks
@@ -316,7 +318,7 @@ class _Answer:
     """A batch, as mlx-lm's handler asks it, for a client that may go away."""
 
     def __init__(self, handler: Handler, batch: Batch):
-        self._handler, self._batch = handler, batch
+        self._handler, self._batch, self._loop = handler, batch, handler._view.loop
         self._context: GenerationContext | None = None
         self._args: GenerationArguments | None = None
         self.cli_args = batch.cli_args
@@ -345,6 +347,8 @@ class _Answer:
         known, seen = max(map(len, stops), default=1) - 1, ""
         for response in responses:
             self._check()
+            if not math.isfinite(response.logprob):
+                raise not_finite(self._loop)
             self._handler.said.append(response)
             seen = seen[max(len(seen) - known, 0) :] + response.text
             ends = [seen.find(stop) + len(stop) for stop in stops if stop in seen]
