@@ -37,7 +37,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(group, "--api-key", what, str, "KEY")
     what = "other sites' pages that may ask, as https://chat.example,http://localhost:3000, or *"
     add(group, "--allowed-origins", what, _words(","), "ORIGINS")
-    what = f"settings that /v1/models lists (default: '{LOOP_NAMES}', as far as they fit)"
+    what = (
+        "settings that /v1/models lists, with spaces between "
+        f"(default: '{LOOP_NAMES}', as far as they fit)"
+    )
     add(group, "--loop-names", what, _words(" "), "NAMES")
     what = "tokens of a prompt and its answer together (default: the model's own limit)"
     add(group, "--max-context", what, options.positive, "N")
