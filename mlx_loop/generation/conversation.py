@@ -155,6 +155,15 @@ class Conversation:
         """Whether the chat template takes no system message: it then begins the first question."""
         return bool(self.system) and not takes_system(self.tokenizer, self.template)
 
+    @property
+    def begins_with_thoughts(self) -> bool:
+        """Whether the chat template has begun the thoughts where an answer begins."""
+        if not self.tokenizer.has_thinking:
+            return False
+        prompt = self._render([{"role": "user", "content": "?"}])
+        begun = self.tokenizer.rfind_think_start(prompt)
+        return begun > self.tokenizer.rfind_think_end(prompt)
+
     def check_messages(self) -> None:
         """Refuse messages that the chat template does not take.
 

@@ -74,6 +74,22 @@ def takes_system(
         return False
 
 
+def thought_marks(tokenizer: TokenizerWrapper) -> tuple[str, str] | None:
+    """What begins a model's thoughts, and what ends them; None: nothing that is known."""
+    if tokenizer.has_thinking:
+        return tokenizer.think_start, tokenizer.think_end
+    if "<|channel|>" in tokenizer.get_vocab():
+        return _ANALYSIS
+    return None
+
+
+# Of gpt-oss, whose channels mlx-lm does not call thinking.
+_ANALYSIS = (
+    "<|channel|>analysis<|message|>",
+    "<|end|><|start|>assistant<|channel|>final<|message|>",
+)
+
+
 def opening(tokenizer: TokenizerWrapper, prompt: str) -> list[int]:
     """Token ids of a user's message that begins with `prompt`, for a cache; `rest` goes on."""
     if not tokenizer.has_chat_template:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -17,8 +18,10 @@ from ..errors import UserError
 from ..files import whole_file
 from ..foreign import foreseen, path_of, read_json, read_text, to_json, visible
 from ..generation.conversation import Conversation
+from ..generation.prompt import thought_marks
 from ..settings import LoopConfig
 from .fields import SETTINGS, check_model, check_read, parse_setting
+from .markdown import Rendering
 from .options import fraction, from_zero, parse_draft, positive, temperature
 from .session import Command, Row, Session, command, grid, needed, parsed
 from .terminal import context, describe, err, extra_cost, numbers, out, stream
@@ -31,11 +34,13 @@ class Chat(Session):
     Args:
         title: of the model.
         generation: arguments of `stream_generate`.
+        plain: whether answers are shown as they come, and not as Markdown.
     """
 
     conversation: Conversation
     title: str
     generation: dict[str, Any]
+    plain: bool = False
     _before_off: LoopConfig | None = None
     # Texts that go before the next message, and the file of the last /save or /load.
     _texts: list[str] = field(default_factory=list)
@@ -54,12 +59,12 @@ class Chat(Session):
     def answer(self, text: str) -> bool:
         """Stream the answer to `text`, then one line of numbers."""
         text, self._texts = "\n\n".join([*self._texts, text]), []
-        answer = stream(
-            lambda progress: self.conversation.reply(text, progress, **self.generation),
-            self.generation["prefill_step_size"],
-            lambda piece: out.out(piece, end="", style="cyan", highlight=False),
-        )
-        out.print()
+        with self._shown() as show:
+            answer = stream(
+                lambda progress: self.conversation.reply(text, progress, **self.generation),
+                self.generation["prefill_step_size"],
+                show,
+            )
         if answer.stopped:
             out.print("stopped", style="yellow")
         if answer.last is not None:
@@ -211,6 +216,17 @@ class Chat(Session):
                 "question instead",
                 style="yellow",
             )
+
+    @contextmanager
+    def _shown(self) -> Iterator[Callable[[str], None]]:
+        """What shows the pieces of an answer."""
+        if self.plain or not out.can_redraw:
+            yield partial(out.out, end="", style="cyan", highlight=False)
+            out.print()
+            return
+        talk = self.conversation
+        with Rendering(out, thought_marks(talk.tokenizer), talk.begins_with_thoughts) as rendering:
+            yield rendering.show
 
     def _take_back(self) -> str:
         """The last question, which with its answer is no longer part of the conversation."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -28,10 +27,9 @@ from .board import Board, answer_report
 from .fields import SETTINGS, check_model, check_read, combinations, parse_config, parse_settings
 from .options import from_zero, parse_draft, positive, temperature
 from .session import Command, Row, Session, command, grid, needed, parsed
-from .terminal import extra_cost, interruptible, out, prompt_progress
+from .terminal import NowAndThen, extra_cost, interruptible, out, prompt_progress
 
 MOST_SETTINGS = 12
-SECONDS_BETWEEN_PICTURES = 0.1
 
 
 @dataclass(frozen=True)
@@ -118,10 +116,10 @@ class Compare(Session):
         tokens = self.render(text)
         if asked.seed is None and asked.sampler.temp:
             asked = replace(asked, seed=random.randrange(2**31))
-        draws = out.is_terminal and not out.is_dumb_terminal and not self.as_json
+        draws = out.can_redraw and not self.as_json
         answers: list[Answer] = []
         live: Live | None = None
-        next_picture = 0.0
+        now_and_then = NowAndThen()
         with ExitStack() as stack:
             stop = stack.enter_context(interruptible())
             progress = stack.enter_context(prompt_progress(asked.prefill_step_size, stop))
@@ -136,12 +134,8 @@ class Compare(Session):
                         live = stack.enter_context(
                             Live(console=out, screen=True, auto_refresh=False)
                         )
-                    start = time.perf_counter()
-                    if live and start > next_picture:
-                        live.update(Board(answers), refresh=True)
-                        drawn = time.perf_counter()
-                        # Huge terminals take their time, but most of it is the answers'.
-                        next_picture = drawn + max(SECONDS_BETWEEN_PICTURES, 5 * (drawn - start))
+                    if live:
+                        now_and_then(partial(live.update, Board(answers), refresh=True))
                     if stop.is_set():
                         stream.close()
             except Interrupted:

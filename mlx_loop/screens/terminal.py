@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from ..models.looped import Looped
 from ..settings import LoopConfig
 
 PIPE_WIDTH = 10_000
+SECONDS_BETWEEN_PICTURES = 0.1
 
 
 class Screen(Console):
@@ -51,6 +53,11 @@ class Screen(Console):
         for segment in super().render(renderable, options):
             shown = segment.control or segment.text.isprintable()
             yield segment if shown else segment._replace(text=visible(segment.text))
+
+    @property
+    def can_redraw(self) -> bool:
+        """Whether what was shown can be replaced."""
+        return self.is_terminal and not self.is_dumb_terminal
 
     def on_broken_pipe(self) -> None:
         raise  # What rich has caught; `main` knows what to do.
@@ -75,6 +82,20 @@ def busy(what: str, name: str = "") -> Status:
 def is_interactive() -> bool:
     """Whether a person sits in front of both standard input and output."""
     return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+class NowAndThen:
+    """Draws at most so often that most of the time is the answers', on huge terminals too."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, draw: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        if start > self._next:
+            draw()
+            drawn = time.perf_counter()
+            self._next = drawn + max(SECONDS_BETWEEN_PICTURES, 5 * (drawn - start))
 
 
 def plain_table(*columns: str, left: tuple[str, ...] = ()) -> Table:
