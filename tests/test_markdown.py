@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import time
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -163,9 +164,7 @@ def test_nothing_that_is_said_vanishes(text):
 
 def test_no_address_is_hidden():
     said = shown(["[your bank](http://evil.example) ![x](http://evil.example/p.png)"])
-    assert "".join(said.split()) == (
-        "yourbank(http://evil.example)!x(http://evil.example/p.png)"
-    )
+    assert "".join(said.split()) == ("yourbank(http://evil.example)!x(http://evil.example/p.png)")
 
 
 def test_controls_are_seen():
@@ -203,7 +202,7 @@ def test_thoughts_of_nothing_are_not_shown():
 
 def test_what_was_shown_stays_when_an_answer_breaks():
     file = Terminal()
-    with pytest.raises(KeyboardInterrupt), Rendering(console(file)) as rendering:
+    with suppress(KeyboardInterrupt), Rendering(console(file)) as rendering:
         rendering.show("- one\n- two **and")
         raise KeyboardInterrupt
     assert file.text() == " • one\n • two **and\n"

@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,7 @@ def json_object(text: str) -> dict[str, Any]:
 NEEDS = {
     "top_p": "temp",
     "min_p": "temp",
+    "min_tokens_to_keep": "min_p",
     "top_k": "temp",
     "xtc_probability": "temp",
     "xtc_threshold": "xtc_probability",
@@ -125,7 +126,8 @@ def check_idle(args: argparse.Namespace) -> None:
         if not _is_given(args, other):
             refuse(args, (name,), f"without --{other.replace('_', '-')}")
     if _is_given(args, "ignore_chat_template"):
-        refuse(args, ("system_prompt", "chat_template_config"), "with --ignore-chat-template")
+        names = ("system_prompt", "prefill_response", "chat_template_config")
+        refuse(args, names, "with --ignore-chat-template")
 
 
 def refuse(args: argparse.Namespace, names: tuple[str, ...], where: str) -> None:
@@ -331,14 +333,39 @@ def add_template_config(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def render_prompt(args: argparse.Namespace, tokenizer: TokenizerWrapper, prompt: str) -> list[int]:
-    """Token ids of `prompt` in the chat template, unless it is to be ignored."""
+def render_prompt(
+    args: argparse.Namespace,
+    tokenizer: TokenizerWrapper,
+    prompt: str,
+    begun: Sequence[dict[str, str]] = (),
+) -> list[int]:
+    """Token ids of `prompt` in the chat template, unless it is to be ignored.
+
+    Args:
+        begun: the answer's beginning, of `begun_answer`.
+    """
     from ..generation.prompt import encode, render
 
     if args.ignore_chat_template:
         return encode(tokenizer, prompt)
-    message = {"role": "user", "content": prompt}
-    return render(tokenizer, [message], args.system_prompt, args.chat_template_config)
+    messages = [{"role": "user", "content": prompt}, *begun]
+    return render(tokenizer, messages, args.system_prompt, args.chat_template_config)
+
+
+def begun_answer(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> list[dict[str, str]]:
+    """The assistant's message that --prefill-response begins, or nothing."""
+    begun = args.prefill_response
+    if begun is None:
+        return []
+    check_text(begun)
+    if not begun.strip():
+        raise UserError("--prefill-response is empty: give the first words of the answer")
+    if not tokenizer.has_chat_template:
+        raise UserError(
+            "--prefill-response needs a model with a chat template: end --prompt with the first "
+            "words of the answer instead"
+        )
+    return [{"role": "assistant", "content": begun}]
 
 
 def add_prefill_option(group: argparse._ActionsContainer) -> None:
@@ -365,6 +392,7 @@ _SAMPLING = {
     "temp": (temperature, "T", "sampling temperature; 0, the default, is greedy"),
     "top_p": (fraction, "P", "sample from the likeliest tokens that make up this probability"),
     "min_p": (fraction, "P", "drop tokens less likely than this times the likeliest"),
+    "min_tokens_to_keep": (positive, "N", "tokens that --min-p keeps in any case (default: 1)"),
     "top_k": (from_zero, "K", "sample from the K likeliest tokens"),
     "xtc_probability": (fraction, "P", "how often to apply XTC sampling"),
     "xtc_threshold": (fraction, "P", "XTC: leave out tokens above this probability (default: 0.1)"),
@@ -514,7 +542,7 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
         "what drafts: self, the model without its loops; lookup, the text so far; or a small model "
         "with the same tokens"
     )
-    add(group, "--draft", what, str, "{self,lookup,MODEL}")
+    add(group, "--draft --draft-model", what, str, "{self,lookup,MODEL}")
     what = (
         "the most tokens to draft at a time; how many is decided by how many were right before "
         "(default: 8)"
