@@ -66,7 +66,12 @@ def other_tasks(
         place: of the tokenizer, a folder.
         include_path: a folder with task files of the user's.
     """
-    asked = {"template": study.template, "system": study.system_prompt, "batch": study.batch_size}
+    asked = {
+        "template": study.template,
+        "system": study.system_prompt,
+        "batch": study.batch_size,
+        "step": study.prefill_step_size,
+    }
     found: list[Task] = [
         named(FROM_FILES[split_name(name)[0]].read(path, tokenizer, study.limit, **asked), name)
         for name, path in files.items()

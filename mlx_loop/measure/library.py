@@ -124,7 +124,7 @@ def sweep(
         task = read_tasks(named, tokenizer, limit, **asked)
     if idle:
         raise UserError(f"{' and '.join(idle)} would not be read by this task: leave it out")
-    header |= {"data": data, **{name: asked[name] for name in asked if name != "batch"}}
+    header |= {"data": data, **asked}
     results = Results(None, {}) if out is None else Results.open(path_of(out), header)
     _measure(progress)("", views, tokenizer, task, results)
     scores = replace(gather(views, task, results), header=header)

@@ -27,7 +27,14 @@ from .board import Board, answer_report
 from .fields import SETTINGS, check_model, check_read, combinations, parse_config, parse_settings
 from .options import from_zero, parse_draft, positive, temperature
 from .session import Command, Row, Session, command, grid, needed, parsed
-from .terminal import NowAndThen, extra_cost, interruptible, out, prompt_progress
+from .terminal import (
+    NowAndThen,
+    extra_cost,
+    interruptible,
+    out,
+    prompt_progress,
+    tell_of_length,
+)
 
 MOST_SETTINGS = 12
 
@@ -114,6 +121,7 @@ class Compare(Session):
         """Show what all settings make of a prompt; False: it was stopped."""
         self._prompt, asked, views = text, self.asked, self.views()
         tokens = self.render(text)
+        tell_of_length(self.model, len(tokens))
         if asked.seed is None and asked.sampler.temp:
             asked = replace(asked, seed=random.randrange(2**31))
         draws = out.can_redraw and not self.as_json

@@ -371,8 +371,8 @@ def begun_answer(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> list[
 def add_prefill_option(group: argparse._ActionsContainer) -> None:
     """--prefill-step-size."""
     what = (
-        "prompt tokens processed at a time; Ctrl-C is heard in between (default: 512, on a CPU 64; "
-        "mlx-lm has 2048)"
+        "prompt tokens processed at a time, those of a batch together; Ctrl-C is heard in between "
+        "(default: 512, on a CPU 64; mlx-lm has 2048)"
     )
     add(group, "--prefill-step-size", what, positive, "N")
 
@@ -381,8 +381,10 @@ def prefill_step_from(args: argparse.Namespace) -> int:
     """Prompt tokens to process at a time."""
     import mlx.core as mx
 
+    from ..generation.prefill import CPU_STEP, GPU_STEP
+
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return args.prefill_step_size or (64 if on_cpu else 512)
+    return args.prefill_step_size or (CPU_STEP if on_cpu else GPU_STEP)
 
 
 # --- Generation ---

@@ -242,6 +242,19 @@ def context(model: Looped, tokens: int) -> str:
     return f"context {tokens}{f' of {trained}' if trained else ''}{longer}"
 
 
+def tell_of_length(model: Looped, tokens: int) -> bool:
+    """Say so where a prompt is longer than what a model was trained on; True: it is."""
+    trained = trained_length(model)
+    too_long = 0 < trained < tokens
+    if too_long:
+        err.print(
+            f"a prompt has {tokens} tokens, and the model was trained on {trained} at most: what "
+            "it says then may mean little",
+            style="yellow",
+        )
+    return too_long
+
+
 def numbers(answer: Streamed, model: Looped) -> str:
     """The line under an answer that has at least one token."""
     last = answer.last

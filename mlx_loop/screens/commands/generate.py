@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     from ...generation.generate import stream_generate
     from ...generation.prompt import check_room, rest
     from ...generation.prompt_cache import load_prompt_cache
-    from ..terminal import busy, err, numbers, out, stream
+    from ...method.cache import tokens_seen
+    from ..terminal import busy, err, numbers, out, stream, tell_of_length
 
     # Of several machines the first one speaks.
     out.quiet = err.quiet = os.environ.get("MLX_RANK", "0") != "0"
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
             check_room(cache, tokens)
         else:
             tokens = render_prompt(args, tokenizer, prompt, begun)
+    tell_of_length(model, (tokens_seen(cache or []) or 0) + len(tokens))
 
     def show(text: str) -> None:
         if not args.json:
