@@ -122,9 +122,10 @@ def _print_cache(model: Looped, quantises: bool) -> None:
     out.print(table)
     footprint = Footprint(model, fused=True)
     for bits in (None, 4) if quantises else (None,):
+        at_a_time = f"{GPU_STEP} tokens at a time{'' if bits is None else ', kv 4 bits'}"
         out.print(
-            f"a prompt, {GPU_STEP} tokens at a time{'' if bits is None else ', kv 4 bits'}, at 8192 "
-            f"tokens: {footprint.activations(GPU_STEP, 8192, bits) / 1e6:.0f} MB, of that "
+            f"a prompt, {at_a_time}, at 8192 tokens: "
+            f"{footprint.activations(GPU_STEP, 8192, bits) / 1e6:.0f} MB, of that "
             f"{footprint.loop_extra(GPU_STEP) / 1e6:.0f} MB for the loop"
         )
     out.print()
