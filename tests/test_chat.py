@@ -12,18 +12,20 @@ import pexpect
 import pytest
 
 from mlx_loop.checkpoints.loading import DEMOS
+from mlx_loop.integrators import INTEGRATORS
 from mlx_loop.screens.cli import main
 
 CHAT = [sys.executable, "-m", "mlx_loop.screens.cli", "chat"]
 
 
 def piped(text, *options, status=0):
+    """What a chat says, or of a mistake the error."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr("sys.stdin", io.StringIO(text))
         found = main(["chat", *options])
     assert found == status, err.getvalue()
-    return out.getvalue()
+    return err.getvalue() if status else out.getvalue()
 
 
 @pytest.fixture
@@ -144,6 +146,20 @@ def test_sampling_is_as_the_checkpoint_says_unless_asked(tmp_path, capsys):
             patch.setattr("sys.stdin", io.StringIO("hello\n"))
             assert main(["chat", "--model", str(folder), *options]) == 0
         assert ("temp 0.5, top_p 0.9, top_k 7" in capsys.readouterr().err) is said
+
+
+def test_help_explains_a_setting_and_a_misspelt_word_is_told_with_what_was_meant():
+    out = piped("/help integrator\n/help beta\n")
+    for name, integrator in INTEGRATORS.items():
+        assert f"{name} {integrator.words}" in " ".join(out.split())
+    assert "a number from -1 to 2" in out
+    for line, meant in (
+        ("/hlp", "/hlp, did you mean help?"),
+        ("/help bet", "did you mean beta?"),
+        ("/set integratr rk4", "did you mean integrator?"),
+        ("/integrator rk5", "did you mean rk4?"),
+    ):
+        assert meant in piped(line, status=2)
 
 
 def test_an_error_in_a_pipe_stops_with_status_2(tmp_path):

@@ -23,7 +23,7 @@ from ..settings import LoopConfig
 from .fields import SETTINGS, check_model, check_read, parse_setting
 from .markdown import Rendering
 from .options import fraction, from_zero, parse_draft, positive, temperature
-from .session import Command, Row, Session, command, grid, needed, parsed
+from .session import PASSES, Command, Row, Session, command, grid, needed, parsed
 from .terminal import context, describe, err, extra_cost, numbers, out, stream
 
 
@@ -47,7 +47,10 @@ class Chat(Session):
     _file: Path | None = None
 
     name = "chat"
-    hints = ((Text("/FIELD VALUE", "bold"), "the same as /set: /" + ", /".join(SETTINGS)),)
+    hints = (
+        (Text("/FIELD VALUE", "bold"), "the same as /set: /" + ", /".join(SETTINGS)),
+        PASSES,
+    )
 
     def commands(self) -> Mapping[str, Command]:
         fields = {name: Command(partial(Chat.change, name=name)) for name in SETTINGS}

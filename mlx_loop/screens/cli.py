@@ -8,15 +8,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from importlib import import_module
 from itertools import takewhile
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..errors import INTERRUPTED, LOST, UNREAD, USER_ERROR, UserError
+from ..errors import INTERRUPTED, LOST, UNREAD, USER_ERROR, UserError, suggestion
 from ..foreign import one_line
 from .options import check_idle
 
@@ -57,12 +56,6 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unexpected {unknown[0]}")
         return found, unknown
-
-
-def suggestion(typed: str, known: Iterable[str]) -> str:
-    """`, did you mean ...?`, where something known is near."""
-    near = get_close_matches(typed, known, 1)
-    return f", did you mean {near[0]}?" if near else ""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ from ..settings import LoopConfig
 from .board import Board, answer_report
 from .fields import SETTINGS, check_model, check_read, combinations, parse_config, parse_settings
 from .options import from_zero, parse_draft, positive, temperature
-from .session import Command, Row, Session, command, grid, needed, parsed
+from .session import PASSES, Command, Row, Session, command, grid, needed, parsed
 from .terminal import (
     NowAndThen,
     extra_cost,
@@ -86,6 +86,15 @@ class Compare(Session):
         ),
         ("", Text("as /loops 1,3,6 or /window 3:7,4:8; empty: the preset", "dim")),
         ("", Text("a change answers the last prompt again", "dim")),
+        PASSES,
+        (
+            Text("KL, agreement", "dim"),
+            Text(
+                "how far predictions are from those without a loop, in nats (0: the same), and "
+                "how many name the same token first",
+                "dim",
+            ),
+        ),
     )
 
     def __post_init__(self) -> None:

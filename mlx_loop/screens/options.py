@@ -14,7 +14,15 @@ from ..errors import UserError
 from ..foreign import check_text, from_json, read_json, read_stdin
 from ..presets import RECIPES
 from ..settings import LoopConfig
-from .fields import SETTINGS, check_model, check_read, combinations, parse_setting, parse_settings
+from .fields import (
+    SETTINGS,
+    check_model,
+    check_read,
+    combinations,
+    integrators_explained,
+    parse_setting,
+    parse_settings,
+)
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -237,7 +245,10 @@ def add_loop_options(parser: argparse.ArgumentParser, several: bool = False) -> 
     Args:
         several: whether each takes several values, which are all combined.
     """
-    about = "What is left out is as saved with the model, else the preset of its size."
+    about = (
+        "Some of the middle layers, the window, are applied K times in place of the plain pass over"
+        "\nthem. What is left out is as saved with the model, else the preset of its size."
+    )
     if several:
         about += (
             "\nSeveral values, with commas between (semicolons for alpha, weights and"
@@ -248,6 +259,7 @@ def add_loop_options(parser: argparse.ArgumentParser, several: bool = False) -> 
     add(group, "--recipe", what, str, choices=list(RECIPES))
     for name, setting in SETTINGS.items():
         add(group, f"--{FLAGS.get(name, name)}", setting.help, str, setting.metavar)
+    parser.add_argument_group("integrators", integrators_explained())
 
 
 def apply_loop(args: argparse.Namespace, model: Looped) -> None:
@@ -391,7 +403,11 @@ def prefill_step_from(args: argparse.Namespace) -> int:
 
 
 _SAMPLING = {
-    "temp": (temperature, "T", "sampling temperature; 0, the default, is greedy"),
+    "temp": (
+        temperature,
+        "T",
+        "sampling temperature; 0 is greedy (default: 0, of chat what the checkpoint says)",
+    ),
     "top_p": (fraction, "P", "sample from the likeliest tokens that make up this probability"),
     "min_p": (fraction, "P", "drop tokens less likely than this times the likeliest"),
     "min_tokens_to_keep": (positive, "N", "tokens that --min-p keeps in any case (default: 1)"),

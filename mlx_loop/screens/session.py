@@ -10,12 +10,17 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import INTERRUPTED, USER_ERROR, UserError
+from ..errors import INTERRUPTED, USER_ERROR, UserError, suggestion
 from ..foreign import foreseen, one_line
+from .fields import explained
 from .prompt_line import piped_lines, typed_lines
 from .terminal import err, is_interactive, out
 
 Row = tuple[str | Text, ...]
+PASSES: Row = (
+    Text("layer passes", "dim"),
+    Text("layers that a token goes through; +33%: the loops add a third", "dim"),
+)
 LEAVE = ("quit", "exit", "bye", "q")
 
 
@@ -92,7 +97,8 @@ class Session:
             return False
         word = "help" if word == "?" else word
         if word not in self.commands():
-            raise UserError(f"unknown command /{word}; /help lists the commands")
+            meant = suggestion(word, (*self.commands(), *LEAVE)) or ";"
+            raise UserError(f"unknown command /{word}{meant} /help lists the commands")
         with foreseen(f"/{word}"):
             self.commands()[word].run(self, argument.strip())
         return True
@@ -106,8 +112,11 @@ class Session:
         found = {**vars(type(self)), **vars(Session)}
         return {n.replace("_", "-"): c for n, c in found.items() if isinstance(c, Command)}
 
-    @command("", "this list")
-    def help(self, _: str) -> None:
+    @command("FIELD", "what a loop setting does; empty: this list")
+    def help(self, argument: str) -> None:
+        if argument:
+            out.print(grid(explained(argument.removeprefix("/"))))
+            return
         rows = [
             (Text.assemble((f"/{word}", "bold"), f" {command.argument}"), command.help)
             for word, command in self.commands().items()
