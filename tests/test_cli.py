@@ -234,7 +234,6 @@ def test_a_pipe_that_closes_early_is_no_error():
         ("chta", "mlx_loop: error: unknown command chta, did you mean chat? (see mlx_loop --help)"),
         ("xyzzy --loops 3", "mlx_loop: error: unknown command xyzzy (see mlx_loop --help)"),
         ("--versoin", "mlx_loop: error: unknown --versoin, did you mean --version?"),
-        ("generate -p x --scope blok", "scope 'blok' is not valid, did you mean block? write"),
         ("plan demo more", "unexpected more (see mlx_loop plan --help)"),
     ],
 )
