@@ -10,8 +10,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import UserError
 from ..models.looped import Looped
 from .drift import Drift, traced
-from .results import Results
-from .study import DRIFT, RESULTS, SECONDS, Study
+from .provenance import provenance
+from .results import Results, append
+from .study import DRIFT, RESULTS, RUNS, SECONDS, Study
 from .tasks import FROM_FILES, Task, named, split_name
 from .tasks.harness import Harness
 from .tasks.ruler import TASKS, Ruler
@@ -91,6 +92,7 @@ def carry_out(
     others: Sequence[Task],
     traces: int,
     measure: Callable[..., bool],
+    command: str,
 ) -> bool:
     """Measure what a study's folder lacks, and how far settings drift on some of its problems.
 
@@ -98,15 +100,20 @@ def carry_out(
         traces: problems of each length on which drift is measured.
         measure: (title, views, tokenizer, task, results, seconds): as `study.run`, and shows how
             far it is.
+        command: what was typed; the folder tells where its answers come from.
 
     Returns:
         Whether it came to the end.
     """
     results = Results.open(folder / RESULTS, study.header())
-    title = f"{len(views)} settings"
-    for task in (problems, *others):
-        if not measure(title, views, tokenizer, task, results, folder / SECONDS):
-            return False
+    title, known, made = f"{len(views)} settings", len(results.rows), provenance(command)
+    try:
+        for task in (problems, *others):
+            if not measure(title, views, tokenizer, task, results, folder / SECONDS):
+                return False
+    finally:
+        if new := len(results.rows) - known:
+            append(folder / RUNS, {**made, "results": new})
     chosen = problems.of(traced(problems.problems, traces))
     if not chosen.problems:
         return True

@@ -181,7 +181,7 @@ def evaluate(
         folder = path_of(out or stack.enter_context(TemporaryDirectory()))
         problems = examples(asked, tokenizer, folder)
         measure = _measure(progress)
-        carry_out(asked, views, tokenizer, folder, problems, others, traces, measure)
+        carry_out(asked, views, tokenizer, folder, problems, others, traces, measure, "in Python")
         layers, page = len(views[0].layers), None
         if out is not None:
             _, page = report.write(folder, layers, holdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import threading
@@ -77,6 +78,11 @@ out, err = _console(), _console(stderr=True)
 def busy(what: str, name: str = "") -> Status:
     """What is being done, and to what, while it takes time."""
     return err.status(Text(f"{what} {visible(name)}"))
+
+
+def command_line() -> str:
+    """What was typed to start the program."""
+    return shlex.join(["mlx_loop", *sys.argv[1:]])
 
 
 def is_interactive() -> bool:

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from ...measure.tasks import split_name
     from ...measure.tasks.ruler import SEED, Sources
     from ..measuring import load_views, measuring, table
-    from ..terminal import err, out
+    from ..terminal import command_line, err, out
 
     lengths, include_path = args.lengths or [4096], _path(args.include_path)
     files = {name: path_of(split_name(name)[1]) for name in names}
@@ -131,7 +131,8 @@ def run(args: argparse.Namespace) -> int:
         problems = examples(study, tokenizer, folder, lambda: bars.advance(bar))
         bars.remove_task(bar)
         traces = 2 if args.trace is None else args.trace
-        finished = carry_out(study, views, tokenizer, folder, problems, others, traces, measure)
+        asked = problems, others, traces, measure, command_line()
+        finished = carry_out(study, views, tokenizer, folder, *asked)
     if not finished:
         err.print("stopped; the same command goes on from here", style="yellow")
     layers = len(views[0].layers)
