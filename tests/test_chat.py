@@ -132,8 +132,11 @@ def test_every_setting_is_a_command_and_answers_change_while_it_runs():
     assert "2 loops of [4,8), beta 0.3" in out.splitlines()[1]
     assert "\n3 tokens" in out
     hot = "/temp 5\n/top-p 1\n/seed {}\ntell me a story\n"
-    first, again, other = (piped(hot.format(seed)).splitlines()[0] for seed in (1, 1, 2))
+    first, again, other = (piped(hot.format(seed)).splitlines()[3] for seed in (1, 1, 2))
     assert first == again != other
+    assert "temp 0.7, top_p 0.9, at most 9 tokens" in piped(
+        "/temp 0.7\n/top-p 0.9\n/max-tokens 9\n"
+    )
 
 
 def test_sampling_is_as_the_checkpoint_says_unless_asked(tmp_path, capsys):
@@ -173,6 +176,7 @@ def test_an_error_in_a_pipe_stops_with_status_2(tmp_path):
         "/set routing frozen",
         "/retry",
         "/temp -1",
+        "/top-p 0.9",
         "/max-tokens 0",
         f"/file {tmp_path}/no",
         f"/load {tmp_path}/no",
@@ -207,6 +211,18 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_session(screen):
     screen.sendintr()
     screen.expect("stopped|tokens/s")
     send(screen, "What is 12 + 30?", "tokens/s")
+
+
+def test_what_is_typed_during_an_answer_waits_unseen_for_the_next_line(screen):
+    screen.send("Tell me a story.\r")
+    screen.expect("Once upon")
+    screen.send("what is 7 + 8?\r")
+    screen.expect("tokens/s")
+    assert "7 + 8" not in screen.before
+    screen.expect("> [^\n]*7 \\+ 8")
+    screen.expect("15")
+    screen.expect("\n[^\n]*> ")
+    send(screen, "/info", "greedy")
 
 
 def test_edit_puts_the_last_question_at_the_prompt(screen):

@@ -127,19 +127,22 @@ class Chat(Session):
 
     @command("T", "sampling temperature; 0: greedy")
     def temp(self, argument: str) -> None:
-        self._sample(temp=parsed(temperature, argument, "/temp 0.7"))
+        self._sample("temp", parsed(temperature, argument, "/temp 0.7"))
 
     @command("P", "sample from the likeliest tokens that make up this probability")
     def top_p(self, argument: str) -> None:
-        self._sample(top_p=parsed(fraction, argument, "/top-p 0.9"))
+        self._sample("top_p", parsed(fraction, argument, "/top-p 0.9"))
 
     @command("N", "the most tokens of an answer")
     def max_tokens(self, argument: str) -> None:
         self.generation["max_tokens"] = parsed(positive, argument, "/max-tokens 100")
+        self._show_sampling()
 
     @command("N", "of the random numbers")
     def seed(self, argument: str) -> None:
-        mx.random.seed(parsed(from_zero, argument, "/seed 1"))
+        seed = parsed(from_zero, argument, "/seed 1")
+        mx.random.seed(seed)
+        out.print(f"seed {seed}", style="dim")
 
     @command("", "model, settings, what the cache holds")
     def info(self, _: str) -> None:
@@ -147,6 +150,7 @@ class Chat(Session):
         rows = [
             ("model", f"{self.title} ({model.model_type}, {len(model.layers)} layers)"),
             *self._loop_rows(),
+            ("answers", self._sampling()),
             ("system", talk.system or "none"),
             ("conversation", f"{len(talk.messages)} messages"),
             ("cache", talk.cache_summary()),
@@ -208,7 +212,7 @@ class Chat(Session):
 
     def change(self, text: str, name: str) -> None:
         """`/FIELD VALUE`: another value of a field."""
-        self._change(name, needed(text, f"/{name} VALUE"))
+        self._change(name, needed(text, f"/{name} VALUE (/help {name} says which)"))
         self._show_loop()
 
     def tell_of_system(self) -> None:
@@ -240,8 +244,24 @@ class Chat(Session):
         self.conversation.messages = messages[: asked[-1]]
         return messages[asked[-1]]["content"]
 
-    def _sample(self, **changes: Any) -> None:
-        self.generation["sampler"] = replace(self.generation["sampler"], **changes)
+    def _sample(self, name: str, value: float) -> None:
+        sampler = replace(self.generation["sampler"], **{name: value})
+        if name != "temp" and not sampler.temp:
+            raise UserError(f"{name} does nothing without a temperature: /temp 0.7 first")
+        self.generation["sampler"] = sampler
+        self._show_sampling()
+
+    def _show_sampling(self) -> None:
+        out.print(self._sampling(), style="dim")
+
+    def _sampling(self) -> str:
+        """How tokens are drawn, and how many."""
+        sampler = self.generation["sampler"]
+        given = [(name, getattr(sampler, name)) for name in ("top_p", "min_p", "top_k")]
+        words = [f"temp {sampler.temp:g}", *(f"{n} {v:g}" for n, v in given if v)]
+        if not sampler.temp:
+            words = ["greedy (temp 0)"]
+        return ", ".join([*words, f"at most {self.generation['max_tokens']} tokens"])
 
     def _looped(self) -> LoopConfig:
         saved = saved_loop(self.conversation.model)

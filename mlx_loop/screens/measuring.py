@@ -20,7 +20,7 @@ from ..measure.tasks import Task
 from ..models.looped import Looped
 from .fields import combinations
 from .options import axes_from, load_with_start
-from .terminal import busy, plain_table, progress_bar, tell_of_length
+from .terminal import busy, plain_table, progress_bar, tell_of_length, unechoed
 
 # Measures a task under views, as far as the results lack it; says whether it came to the end.
 Measure = Callable[..., bool]
@@ -50,7 +50,7 @@ def measuring() -> Iterator[tuple[Progress, Measure]]:
     What was answered is kept line by line, so Ctrl-C may drop the batch at hand.
     """
     told = False
-    with progress_bar() as bars:
+    with unechoed(), progress_bar() as bars:
 
         def measure(
             title: str,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -75,9 +77,11 @@ def _console(stderr: bool = False) -> Screen:
 out, err = _console(), _console(stderr=True)
 
 
-def busy(what: str, name: str = "") -> Status:
+@contextmanager
+def busy(what: str, name: str = "") -> Iterator[Status]:
     """What is being done, and to what, while it takes time."""
-    return err.status(Text(f"{what} {visible(name)}"))
+    with unechoed(), err.status(Text(f"{what} {visible(name)}")) as status:
+        yield status
 
 
 def command_line() -> str:
@@ -114,6 +118,28 @@ def plain_table(*columns: str, left: tuple[str, ...] = ()) -> Table:
 
 
 @contextmanager
+def unechoed() -> Iterator[None]:
+    """What is typed meanwhile is not seen among what is drawn: it waits for the next prompt."""
+    if not _is_in_front():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        if _is_in_front():
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+def _is_in_front() -> bool:
+    """Whether the keyboard is ours; a program in the background is stopped if it touches it."""
+    return is_interactive() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+
+
+@contextmanager
 def interruptible() -> Iterator[threading.Event]:
     """An event that Ctrl-C sets, so that nothing stops in the middle of a pass over the model.
 
@@ -128,7 +154,8 @@ def interruptible() -> Iterator[threading.Event]:
 
     before = signal.signal(signal.SIGINT, handle)
     try:
-        yield stop
+        with unechoed():
+            yield stop
     finally:
         signal.signal(signal.SIGINT, before)
 
