@@ -91,7 +91,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        # Python names the file once more.
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from error
 
 
 def read_stdin() -> str:

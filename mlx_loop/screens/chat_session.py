@@ -18,7 +18,6 @@ from ..errors import UserError
 from ..files import whole_file
 from ..foreign import foreseen, path_of, read_json, read_text, to_json, visible
 from ..generation.conversation import Conversation
-from ..generation.prompt import thought_marks
 from ..settings import LoopConfig
 from .fields import SETTINGS, check_model, check_read, parse_setting
 from .markdown import Rendering
@@ -232,7 +231,7 @@ class Chat(Session):
             out.print()
             return
         talk = self.conversation
-        with Rendering(out, thought_marks(talk.tokenizer), talk.begins_with_thoughts) as rendering:
+        with Rendering(out, talk.marks, talk.begins_with_thoughts) as rendering:
             yield rendering.show
 
     def _take_back(self) -> str:

@@ -14,7 +14,7 @@ from ..errors import INTERRUPTED, USER_ERROR, UserError, suggestion
 from ..foreign import foreseen, one_line
 from .fields import explained
 from .prompt_line import piped_lines, typed_lines
-from .terminal import err, is_interactive, out
+from .terminal import err, is_interactive, out, unechoed
 
 Row = tuple[str | Text, ...]
 PASSES: Row = (
@@ -74,11 +74,12 @@ class Session:
             try:
                 if interactive and line in LEAVE:
                     break
-                if line.startswith("/"):
-                    if not self.carry_out(line):
-                        break
-                elif not self.answer(line) and not interactive:
-                    return INTERRUPTED
+                with unechoed():
+                    if line.startswith("/"):
+                        if not self.carry_out(line):
+                            break
+                    elif not self.answer(line) and not interactive:
+                        return INTERRUPTED
             except KeyboardInterrupt:
                 # The second one, in the middle of a pass.
                 if not interactive:
