@@ -96,7 +96,9 @@ def read_text(path: Path) -> str:
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        # Python names the file once more.
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from error
 
 
 def read_stdin() -> str:

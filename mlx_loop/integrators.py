@@ -129,7 +129,8 @@ class Integrator:
     """One of the ways to make a step.
 
     Args:
-        update: as a formula or in words.
+        words: what it does, for those who choose one.
+        update: the same as a formula or in the words of the field.
         source: who describes it.
         tableau: (K, the settings in `reads`) -> its tableau; None: it is not linear.
         order: of convergence to the flow at t = T as K grows; None: it does not aim there.
@@ -140,6 +141,7 @@ class Integrator:
         sets_norm: whether it brings every iterate to a norm of its own choice.
     """
 
+    words: str
     update: str
     source: str
     tableau: Callable[..., Tableau] | None
@@ -156,9 +158,10 @@ _TFL = "Training-Free Looped Transformers, arXiv 2605.23872"
 _ALPHA, _HORIZON = {"alpha": 0.5}, {"horizon": 1.0}
 
 
-def _runge_kutta(name: str, step: Tableau, order: int) -> Integrator:
+def _runge_kutta(words: str, name: str, step: Tableau, order: int) -> Integrator:
+    words = f"{words}: {len(step.b)} passes a loop"
     update = f"{name} of size T/K"
-    return Integrator(update, _HNW, _classical(step), order, len(step.b), _HORIZON)
+    return Integrator(words, update, _HNW, _classical(step), order, len(step.b), _HORIZON)
 
 
 def _means(loops: int) -> tuple[float, ...]:
@@ -166,40 +169,97 @@ def _means(loops: int) -> tuple[float, ...]:
 
 
 INTEGRATORS: dict[str, Integrator] = {
-    "naive": Integrator("x <- g(x)", _TFL + ": the control, it degrades", _naive),
-    "euler": Integrator("x <- x + f(x) T/K", _TFL, _classical(EULER), 1, reads=_HORIZON),
+    "naive": Integrator(
+        "the window K times over: too far, it degrades (the control)",
+        "x <- g(x)",
+        _TFL,
+        _naive,
+    ),
+    "euler": Integrator(
+        "K small steps in the place of one",
+        "x <- x + f(x) T/K",
+        _TFL,
+        _classical(EULER),
+        1,
+        reads=_HORIZON,
+    ),
     "anchored": Integrator(
-        "beta g(x0) + (1 - beta) euler", _TFL, _anchored, reads={"beta": 0.5, **_HORIZON}
+        "euler, mixed with the plain pass by beta (the default)",
+        "beta g(x0) + (1 - beta) euler",
+        _TFL,
+        _anchored,
+        reads={"beta": 0.5, **_HORIZON},
     ),
-    "midpoint": _runge_kutta("Runge's midpoint step", MIDPOINT, 2),
-    "heun": _runge_kutta("Heun's trapezoidal step", HEUN, 2),
-    "kutta3": _runge_kutta("Kutta's third-order step", KUTTA3, 3),
-    "rk4": _runge_kutta("the classical Runge-Kutta step", RK4, 4),
+    "midpoint": _runge_kutta(
+        "K steps along the slope half way", "Runge's midpoint step", MIDPOINT, 2
+    ),
+    "heun": _runge_kutta(
+        "K steps along the mean slope of both ends", "Heun's trapezoidal step", HEUN, 2
+    ),
+    "kutta3": _runge_kutta("K steps, more exact", "Kutta's third-order step", KUTTA3, 3),
+    "rk4": _runge_kutta("K steps, the most exact", "the classical Runge-Kutta step", RK4, 4),
     "residual_scaled": Integrator(
-        "x0 + (g^K(x0) - x0) / K", _TFL, _residual_scaled, is_steady=False
+        "the change that K naive passes make, divided by K",
+        "x0 + (g^K(x0) - x0) / K",
+        _TFL,
+        _residual_scaled,
+        is_steady=False,
     ),
-    "ema": Integrator("x <- (1 - alpha) x + alpha g(x)", _TFL, _ema, reads=_ALPHA),
+    "ema": Integrator(
+        "K steps of size alpha, however many there are",
+        "x <- (1 - alpha) x + alpha g(x)",
+        _TFL,
+        _ema,
+        reads=_ALPHA,
+    ),
     "heavy_ball": Integrator(
+        "ema, with momentum",
         "x <- x + alpha f(x) + momentum (x - x_prev)",
         "Polyak 1964; " + _TFL,
         _heavy_ball,
         reads={**_ALPHA, "momentum": 0.3},
     ),
     "anderson": Integrator(
+        "mixes the latest states so that they change least",
         "Anderson mixing of f over `memory`",
         "Walker, Ni 2011",
         None,
         reads={"memory": 2, "damping": 1.0},
     ),
-    "aitken": Integrator("Aitken's delta-squared per coordinate, K even", _TFL, None, even=True),
+    "aitken": Integrator(
+        "guesses where pairs of passes lead; K is even",
+        "Aitken's delta-squared per coordinate, K even",
+        _TFL,
+        None,
+        even=True,
+    ),
     "norm_stab": Integrator(
-        "ema, then each token at its norm in x0", _TFL, _ema, reads=_ALPHA, sets_norm=True
+        "ema, with each token brought back to its length at the start",
+        "ema, then each token at its norm in x0",
+        _TFL,
+        _ema,
+        reads=_ALPHA,
+        sets_norm=True,
     ),
     "input_anchor": Integrator(
-        "x <- alpha g(x) + (1 - alpha) x0", _TFL, _input_anchor, reads=_ALPHA
+        "each pass is mixed with what entered the window",
+        "x <- alpha g(x) + (1 - alpha) x0",
+        _TFL,
+        _input_anchor,
+        reads=_ALPHA,
     ),
     "poly_blend": Integrator(
-        "sum_k weights_k g^k(x0)", _TFL, _poly_blend, reads={"weights": _means}, is_steady=False
+        "a weighted mean of the states after 0, 1, ... K passes",
+        "sum_k weights_k g^k(x0)",
+        _TFL,
+        _poly_blend,
+        reads={"weights": _means},
+        is_steady=False,
     ),
-    "uniform": Integrator("each layer's mean output over passes", _TFL, None),
+    "uniform": Integrator(
+        "after each layer, the mean of its outputs over the passes",
+        "each layer's mean output over passes",
+        _TFL,
+        None,
+    ),
 }

@@ -12,18 +12,20 @@ import pexpect
 import pytest
 
 from mlx_loop.checkpoints.loading import DEMOS
+from mlx_loop.integrators import INTEGRATORS
 from mlx_loop.screens.cli import main
 
 CHAT = [sys.executable, "-m", "mlx_loop.screens.cli", "chat"]
 
 
 def piped(text, *options, status=0):
+    """What a chat says, or of a mistake the error."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr("sys.stdin", io.StringIO(text))
         found = main(["chat", *options])
     assert found == status, err.getvalue()
-    return out.getvalue()
+    return err.getvalue() if status else out.getvalue()
 
 
 @pytest.fixture
@@ -130,8 +132,11 @@ def test_every_setting_is_a_command_and_answers_change_while_it_runs():
     assert "2 loops of [4,8), beta 0.3" in out.splitlines()[1]
     assert "\n3 tokens" in out
     hot = "/temp 5\n/top-p 1\n/seed {}\ntell me a story\n"
-    first, again, other = (piped(hot.format(seed)).splitlines()[0] for seed in (1, 1, 2))
+    first, again, other = (piped(hot.format(seed)).splitlines()[3] for seed in (1, 1, 2))
     assert first == again != other
+    assert "temp 0.7, top_p 0.9, at most 9 tokens" in piped(
+        "/temp 0.7\n/top-p 0.9\n/max-tokens 9\n"
+    )
 
 
 def test_sampling_is_as_the_checkpoint_says_unless_asked(tmp_path, capsys):
@@ -146,6 +151,20 @@ def test_sampling_is_as_the_checkpoint_says_unless_asked(tmp_path, capsys):
         assert ("temp 0.5, top_p 0.9, top_k 7" in capsys.readouterr().err) is said
 
 
+def test_help_explains_a_setting_and_a_misspelt_word_is_told_with_what_was_meant():
+    out = piped("/help integrator\n/help beta\n")
+    for name, integrator in INTEGRATORS.items():
+        assert f"{name} {integrator.words}" in " ".join(out.split())
+    assert "a number from -1 to 2" in out
+    for line, meant in (
+        ("/hlp", "/hlp, did you mean help?"),
+        ("/help bet", "did you mean beta?"),
+        ("/set integratr rk4", "did you mean integrator?"),
+        ("/integrator rk5", "did you mean rk4?"),
+    ):
+        assert meant in piped(line, status=2)
+
+
 def test_an_error_in_a_pipe_stops_with_status_2(tmp_path):
     for line in (
         "/nonsense",
@@ -157,6 +176,7 @@ def test_an_error_in_a_pipe_stops_with_status_2(tmp_path):
         "/set routing frozen",
         "/retry",
         "/temp -1",
+        "/top-p 0.9",
         "/max-tokens 0",
         f"/file {tmp_path}/no",
         f"/load {tmp_path}/no",
@@ -191,6 +211,18 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_session(screen):
     screen.sendintr()
     screen.expect("stopped|tokens/s")
     send(screen, "What is 12 + 30?", "tokens/s")
+
+
+def test_what_is_typed_during_an_answer_waits_unseen_for_the_next_line(screen):
+    screen.send("Tell me a story.\r")
+    screen.expect("Once upon")
+    screen.send("what is 7 + 8?\r")
+    screen.expect("tokens/s")
+    assert "7 + 8" not in screen.before
+    screen.expect("> [^\n]*7 \\+ 8")
+    screen.expect("15")
+    screen.expect("\n[^\n]*> ")
+    send(screen, "/info", "greedy")
 
 
 def test_edit_puts_the_last_question_at_the_prompt(screen):

@@ -202,6 +202,19 @@ def test_a_prompt_cache_file_goes_on_where_it_ended(tmp_path):
     assert "cache own, now first" in error(*more)
 
 
+def test_an_answer_goes_on_from_its_first_words(tmp_path):
+    words = ["generate", "--prompt", "Tell me a story.", "--max-tokens", 9, "--cache", "own"]
+    whole = run(*words).stdout
+    assert whole.startswith("Once upon a time there")
+    goes_on = [*words, "--prefill-response", "Once upon a"]
+    assert run(*goes_on).stdout.startswith("time there")
+    file = tmp_path / "cache.safetensors"
+    run("cache_prompt", "--prompt", "Tell me", "--prompt-cache-file", file, "--cache", "own")
+    goes_on[2] = " a story."
+    assert run(*goes_on, "--prompt-cache-file", file).stdout.startswith("time there")
+    assert "is empty" in error(*words, "--prefill-response", " ")
+
+
 def test_a_pipe_that_closes_early_is_no_error():
     command = f"{sys.executable} -m mlx_loop.screens.cli generate -p 'Tell me a story.' | head -c 1"
     done = subprocess.run(

@@ -64,11 +64,11 @@ def test_drafts_are_counted_and_can_be_switched(capsys, monkeypatch):
 
 
 def test_a_pipe_gets_plain_text_and_commands_work_there(tmp_path):
-    file, notes = tmp_path / "s.json", tmp_path / "s.md"
+    file, notes, page = (tmp_path / f"s.{end}" for end in ("json", "md", "html"))
     lines = ["/max-tokens 4", "What is 12 + 30?", "/loops 2", "/again", f"/save {file}"]
     done = subprocess.run(
         [*PROGRAM, "compare"],
-        input="\n".join([*lines, f"/save {notes}"]),
+        input="\n".join([*lines, f"/save {notes}", f"/save {page}"]),
         capture_output=True,
         text=True,
         timeout=180,
@@ -80,7 +80,11 @@ def test_a_pipe_gets_plain_text_and_commands_work_there(tmp_path):
     assert "+33% layer passes" in out
     first, second = json.loads(file.read_text())
     assert [len(first["answers"]), len(second["answers"])] == [4, 2]
-    assert "> 42" in notes.read_text()
+    text = notes.read_text()
+    assert "| answer | 42 | 42 | 42 | 42 |" in text
+    assert "| 2 loops | [4,8) | 2 | anchored | 0.5 |" in text
+    assert "mlx-lm" in text
+    assert '<input type="search"' in page.read_text()
 
 
 @pytest.mark.parametrize(

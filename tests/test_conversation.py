@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from types import SimpleNamespace
+
 import pytest
 from zoo import build
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
+from mlx_loop.checkpoints.loading import DEMOS
 from mlx_loop.generation.conversation import Conversation, Interrupted
+from mlx_loop.generation.prompt import thought_marks
 from mlx_loop.method.cache import tokens_seen
 
 
@@ -48,6 +54,37 @@ def test_answers_are_those_of_a_conversation_without_a_cache(talk):
     for text in ("My name is Anna.", "What is 12 + 30?", "What is my name?"):
         expected, _ = say(fresh(talk, talk.messages), text)
         assert say(talk, text)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("opened", "begun"), [("", False), ("<think>\\n", True), ("<think>\\n\\n</think>\\n\\n", False)]
+)
+def test_thoughts_that_the_template_begins_are_known(tmp_path, opened, begun):
+    shutil.copytree(DEMOS["demo"], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    for i, name in enumerate(("<think>", "</think>")):
+        tokenizer["added_tokens"].append(
+            {**tokenizer["added_tokens"][-1], "id": 1024 + i, "content": name}
+        )
+    file.write_text(json.dumps(tokenizer))
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\\n", f"assistant\\n{opened}"))
+    talk = Conversation(*mlx_loop.load(tmp_path))
+    assert thought_marks(talk.tokenizer) == ("<think>", "</think>")
+    assert talk.begins_with_thoughts is begun
+
+
+def test_a_model_without_thoughts_begins_none(talk):
+    assert thought_marks(talk.tokenizer) is None
+    assert not talk.begins_with_thoughts
+
+
+def test_the_thoughts_of_gpt_oss_are_its_analysis():
+    words = {"<|channel|>": 0}
+    begin, end = thought_marks(SimpleNamespace(has_thinking=False, get_vocab=lambda: words))
+    said = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>4"
+    assert said == f"{begin}Hm.{end}4"
 
 
 def test_messages_alternate(talk):

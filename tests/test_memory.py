@@ -154,7 +154,7 @@ def test_plan_prints_its_tables(name, capsys):
     ("limit", "words"),
     [
         (1 << 40, "Fits on 8 GB: as stored"),
-        (59_750_000, "Fits on 8 GB: 4 bits"),
+        (21_500_000, "Fits on 8 GB: 4 bits"),
         (1_000_000, "Does not fit on 8 GB"),
     ],
 )

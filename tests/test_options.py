@@ -7,6 +7,8 @@ import io
 import subprocess
 import sys
 from http.server import ThreadingHTTPServer
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +87,16 @@ def test_a_command_reads_every_option_that_it_has(command, places, monkeypatch, 
     assert declared - read == {"unread"}
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_every_flag_of_mlx_lm_is_here_or_the_page_says_why_not(command):
+    theirs = import_module(f"mlx_lm.{command}").setup_arg_parser()
+    page = (Path(__file__).parents[1] / "docs" / "commands.md").read_text()
+    (commands,) = (a.choices for a in build_parser()._actions if isinstance(a.choices, dict))
+    ours = set(commands[command]._option_string_actions)
+    missing = set(theirs._option_string_actions) - ours
+    assert {flag for flag in missing if flag.startswith("--") and f"`{flag}" not in page} == set()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -99,6 +111,8 @@ def test_a_command_reads_every_option_that_it_has(command, places, monkeypatch, 
         ("plan --memory 2", "anderson"),
         ("generate --top-p 0.9", "--top-p does nothing without --temp"),
         ("chat --temp 0.7 --xtc-threshold 0.2", "without --xtc-probability"),
+        ("chat --temp 0.7 --min-tokens-to-keep 2", "without --min-p"),
+        ("generate --ignore-chat-template --prefill-response x", "with --ignore-chat-template"),
         ("generate --kv-group-size 32", "without --kv-bits"),
         ("cache_prompt --quantized-kv-start 9 --prompt-cache-file x", "without --kv-bits"),
         ("compare --num-draft-tokens 4", "without --draft"),

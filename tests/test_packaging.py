@@ -22,9 +22,10 @@ PROJECT = PYPROJECT["project"]
 
 
 def modules_of(requirements: Iterable[str]) -> set[str]:
-    """The module of each requirement; all that are declared are called as their distributions."""
+    """The module of each requirement; all but one are called as their distributions."""
     names = (re.match(r"[\w.-]+", line) for line in requirements)
-    return {name[0].lower().replace("-", "_") for name in names if name}
+    modules = {name[0].lower().replace("-", "_") for name in names if name}
+    return {"markdown_it" if name == "markdown_it_py" else name for name in modules}
 
 
 NEEDED = modules_of(PROJECT["dependencies"])

@@ -12,8 +12,10 @@ import pytest
 
 from mlx_loop import UserError
 from mlx_loop.measure.outcome import conclusion, outcomes, split
+from mlx_loop.measure.provenance import machine, provenance
 from mlx_loop.measure.report import read, spearman, write
-from mlx_loop.measure.study import RESULTS
+from mlx_loop.measure.results import append
+from mlx_loop.measure.study import EXAMPLES, RESULTS, RUNS
 
 BASE = {"window": [4, 8], "integrator": "anchored", "beta": 0.5, "cache": "first"}
 BETTER, SAME, WORSE = ({**BASE, "loops": k} for k in (2, 4, 8))
@@ -27,7 +29,7 @@ def study(folder, scores, tasks=("vt",), lengths=(512, 1024)):
     for loop, draw in scores:
         lines += [
             {"loop": loop, "item": f"{t}/{n}/{i}", "task": t, "length": n, "index": i}
-            | {"answer": "", "score": draw(rng, i)}
+            | {"answer": f"<said> {loop and loop['loops']}", "score": draw(rng, i)}
             for t, n, i in problems
         ]
     (folder / RESULTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -58,7 +60,7 @@ class Tags(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.seen.append(tag)
         self.sources += [value for name, value in attrs if name in ("src", "srcset", "href")]
-        if tag not in ("meta", "img", "source"):
+        if tag not in ("meta", "img", "source", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -96,6 +98,32 @@ def test_the_page_is_one_file_that_opens_anywhere(folder):
     assert all(source.startswith("data:image/png;base64,") for source in tags.sources)
     assert "a &lt;model&gt;" in page
     assert "2605.23872" in page
+    assert 'content="width=device-width' in page
+
+
+def test_it_shows_settings_in_full_where_it_comes_from_and_answers_side_by_side(folder):
+    append(folder / RUNS, {**provenance("mlx_loop evaluate --x '<y>'"), "results": 320})
+    write(folder, layers=12)
+    page = (folder / "report.html").read_text()
+    text = (folder / "report.md").read_text()
+    assert "| setting | window | loops | integrator | beta |" in text
+    assert "| anchored, K = 4 | [4,8) | 4 | anchored | 0.5 |" in text
+    assert "mlx_loop evaluate --x '&lt;y>'" in text
+    for words in ("Python 3.", "mlx-lm 0.", "20", machine()):
+        assert words in text.split("## Runs")[1].split("## Answers")[0]
+    assert "Of 80 problems 80 have answers that differ." in text
+    row = next(line for line in text.splitlines() if line.startswith("| vt 512 7 |"))
+    assert row.count("&lt;said>") == 4
+    assert row.count("✓") + row.count("✗") == 4
+    assert '<input type="search"' in page
+    assert page.count("&lt;said&gt;") == 320
+
+
+def test_a_line_of_runs_or_answers_that_is_none_is_passed_over(folder):
+    for name in (RUNS, EXAMPLES, RESULTS):
+        with (folder / name).open("a") as file:
+            file.write('null\n[]\n{"task": {}, "length": [], "index": 1, "loop": null}\n{"torn')
+    write(folder, layers=12)
 
 
 def test_the_markdown_has_the_same_tables(folder):

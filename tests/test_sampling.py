@@ -25,6 +25,7 @@ def logprobs(rows, seed, vocab=VOCAB, scale=1.5):
         {"temp": 0.7},
         {"temp": 1.2, "top_p": 0.8},
         {"temp": 1.0, "min_p": 0.1, "top_k": 5},
+        {"temp": 2.0, "min_p": 1.0, "min_tokens_to_keep": 3},
         {"temp": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.1, "xtc_special_tokens": [3]},
     ],
 )
@@ -35,6 +36,12 @@ def test_a_seed_gives_the_tokens_that_mlx_lms_sampler_gives(settings):
         mx.random.seed(3)
         drawn.append(mx.concatenate([sampler(rows[i : i + 1]) for i in range(50)]).tolist())
     assert drawn[0] == drawn[1]
+
+
+def test_to_keep_more_tokens_than_there_are_is_no_limit():
+    rows = logprobs(5, 1, vocab=10)
+    kept = Sampler(temp=1.0, min_p=1.0, min_tokens_to_keep=10).logits(rows)
+    assert mx.isfinite(kept).all()
 
 
 def test_greedy_keeps_the_drafts_before_the_first_wrong_one():

@@ -11,6 +11,8 @@ from conftest import make, tokens
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
+from mlx_loop.generation.batch import answer_batch
+from mlx_loop.generation.prefill import CPU_STEP, GPU_STEP
 from mlx_loop.measure.comparison import distinct, kl
 from mlx_loop.measure.outcome import Outcome, Scores, best, conclusion, held_out, outcomes, split
 from mlx_loop.measure.results import Results
@@ -269,6 +271,28 @@ def test_a_text_by_the_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "loss" in out
     assert "No setting is recommended: loss does not predict answers" in out
+
+
+def test_a_sweep_feeds_prompts_in_pieces_and_says_what_is_too_long(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mlx_loop.screens.terminal.trained_length", lambda model: 20)
+    fed = []
+
+    def measured(views, prompts, ends, max_tokens, step):
+        fed.append(step)
+        return answer_batch(views, prompts, ends, max_tokens, step)
+
+    monkeypatch.setattr("mlx_loop.measure.tasks.task.answer_batch", measured)
+    command = ["sweep", "--task", "demo", "--limit", "4", "--loops", "2", "--max-tokens", "2"]
+    monkeypatch.chdir(tmp_path)
+    usual = CPU_STEP if mx.default_device() == mx.cpu else GPU_STEP
+    for step, options in ((usual, []), (16, ["--prefill-step-size", "16", "--out", "other.jsonl"])):
+        assert main([*command, *options]) == 0
+        assert set(fed) == {step}
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.count("trained on 20 at most") == 1
+        fed.clear()
+    assert main([*command, "--prefill-step-size", "16"]) == 2
+    assert "step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

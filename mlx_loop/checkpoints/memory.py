@@ -19,7 +19,7 @@ from mlx_lm.models.cache import ChunkedKVCache
 from mlx_lm.utils import get_total_parameters
 
 from ..errors import UserError
-from ..generation.prefill import QUANTISED_PREFILL_STEP, prefill_step
+from ..generation.prefill import GPU_STEP
 from ..method.anatomy import find, with_layers
 from ..method.cache import leaves
 from ..method.loop import layer_passes
@@ -211,13 +211,13 @@ class Footprint:
         kept = together * s.values * s.itemsize if POLICIES[loop.cache].restores else 0
         return step * (2 * s.hidden * 4 + kept)
 
-    def peak(self, context: int, step: int | None = None, kv_bits: int | None = None) -> int:
+    def peak(self, context: int, step: int = GPU_STEP, kv_bits: int | None = None) -> int:
         """Bytes at most, while a prompt that fills the context is processed.
 
         Args:
-            step: prompt tokens at a time; None: the default.
+            step: prompt tokens at a time.
         """
-        step = min(step or prefill_step(kv_bits), context)
+        step = min(step, context)
         whole, rest = divmod(context - 1, step)  # mlx-lm feeds the last token alone.
         chunks = [(step, whole * step), (rest, context)]
         return self.weights + max(
@@ -363,7 +363,7 @@ def refuse_what_does_not_fit(model: Looped, name: str) -> None:
     """
     footprint, most = Footprint(model), limit()
     context = min(LEAST_CONTEXT, trained_length(model) or LEAST_CONTEXT)
-    needed = footprint.peak(context, QUANTISED_PREFILL_STEP)
+    needed = footprint.peak(context)
     if needed <= most:
         return
     raise UserError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from mlx_lm.generate import GenerationResponse
@@ -20,7 +21,7 @@ from ..method.cache import Bookmark, tokens_seen
 from ..models.looped import Looped
 from ..settings import LoopConfig
 from .generate import make_prompt_cache, stream_generate
-from .prompt import render, takes_system
+from .prompt import render, takes_system, thought_marks
 
 
 class Interrupted(Exception):
@@ -154,6 +155,20 @@ class Conversation:
     def system_stands_first(self) -> bool:
         """Whether the chat template takes no system message: it then begins the first question."""
         return bool(self.system) and not takes_system(self.tokenizer, self.template)
+
+    @cached_property
+    def marks(self) -> tuple[str, str] | None:
+        """As `thought_marks`."""
+        return thought_marks(self.tokenizer)
+
+    @cached_property
+    def begins_with_thoughts(self) -> bool:
+        """Whether the chat template has begun the thoughts where an answer begins."""
+        if not self.tokenizer.has_thinking:
+            return False
+        prompt = self._render([{"role": "user", "content": "?"}])
+        begun = self.tokenizer.rfind_think_start(prompt)
+        return begun > self.tokenizer.rfind_think_end(prompt)
 
     def check_messages(self) -> None:
         """Refuse messages that the chat template does not take.

@@ -45,7 +45,7 @@ def render(
     Without a chat template they are the messages as a text like any other.
 
     Args:
-        messages: of `role` and `content`.
+        messages: of `role` and `content`. If the last one is the assistant's, its answer goes on.
         system: the system message, which comes first.
         template: more arguments for the chat template.
         answer: how the answer begins, given to the model.
@@ -74,6 +74,22 @@ def takes_system(
         return False
 
 
+def thought_marks(tokenizer: TokenizerWrapper) -> tuple[str, str] | None:
+    """What begins a model's thoughts, and what ends them; None: nothing that is known."""
+    if tokenizer.has_thinking:
+        return tokenizer.think_start, tokenizer.think_end
+    if "<|channel|>" in tokenizer.get_vocab():
+        return _ANALYSIS
+    return None
+
+
+# Of gpt-oss, whose channels mlx-lm does not call thinking.
+_ANALYSIS = (
+    "<|channel|>analysis<|message|>",
+    "<|end|><|start|>assistant<|channel|>final<|message|>",
+)
+
+
 def opening(tokenizer: TokenizerWrapper, prompt: str) -> list[int]:
     """Token ids of a user's message that begins with `prompt`, for a cache; `rest` goes on."""
     if not tokenizer.has_chat_template:
@@ -83,12 +99,20 @@ def opening(tokenizer: TokenizerWrapper, prompt: str) -> list[int]:
 
 
 def rest(
-    tokenizer: TokenizerWrapper, prompt: str, template: Mapping[str, Any] = MappingProxyType({})
+    tokenizer: TokenizerWrapper,
+    prompt: str,
+    template: Mapping[str, Any] = MappingProxyType({}),
+    answer: Sequence[Mapping[str, str]] = (),
 ) -> list[int]:
-    """Token ids of the rest of a user's message, up to where the answer begins."""
+    """Token ids of the rest of a user's message, up to where the answer begins, or goes on.
+
+    Args:
+        template: more arguments for the chat template.
+        answer: its beginning, as a message of the assistant; or nothing.
+    """
     after = ""
     if tokenizer.has_chat_template:
-        _, after = _around(tokenizer, template)
+        _, after = _around(tokenizer, template, answer)
     return _tokens(tokenizer, prompt + after)
 
 
@@ -107,9 +131,14 @@ def _question(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def _around(tokenizer: TokenizerWrapper, template: Mapping[str, Any]) -> tuple[str, str]:
+def _around(
+    tokenizer: TokenizerWrapper,
+    template: Mapping[str, Any],
+    answer: Sequence[Mapping[str, str]] = (),
+) -> tuple[str, str]:
     """The template's text before a user's message and after it."""
-    parts = _text(tokenizer, [_question(_PLACEHOLDER)], template).split(_PLACEHOLDER)
+    text = _text(tokenizer, [_question(_PLACEHOLDER), *answer], template)
+    parts = text.split(_PLACEHOLDER)
     if len(parts) != 2:
         raise UserError(
             "this model's chat template does not show a message once, as it is: a prompt cannot "
@@ -126,11 +155,13 @@ def _text(
     for name in RESERVED:
         if name in template:
             raise UserError(f"{name} in --chat-template-config is not the template's: leave it out")
+    goes_on = messages[-1]["role"] == "assistant"
     with foreseen("this model's chat template fails", TEMPLATE_SECONDS):
         return str(
             tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
-                add_generation_prompt=True,
+                add_generation_prompt=not goes_on,
+                continue_final_message=goes_on,
                 tokenize=False,
                 **template,
             )

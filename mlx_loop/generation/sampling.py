@@ -44,6 +44,7 @@ class Sampler:
     temp: float = 0.0
     top_p: float = 0.0
     min_p: float = 0.0
+    min_tokens_to_keep: int = 1
     top_k: int = 0
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
@@ -103,12 +104,12 @@ class Sampler:
     def _filtered(self, logprobs: mx.array) -> mx.array:
         if 0 < self.top_p < 1:
             logprobs = apply_top_p(logprobs, self.top_p)
-        if self.min_p:
-            logprobs = apply_min_p(logprobs, self.min_p)
+        # To keep all tokens is as good as no limit, here and below.
+        if self.min_p and self.min_tokens_to_keep < logprobs.shape[-1]:
+            logprobs = apply_min_p(logprobs, self.min_p, self.min_tokens_to_keep)
         if self.xtc_probability:
             special = list(self.xtc_special_tokens)
             logprobs = apply_xtc(logprobs, self.xtc_probability, self.xtc_threshold, special)
-        # All tokens are as good as no limit.
         cuts = 0 < self.top_k < logprobs.shape[-1]
         return apply_top_k(logprobs, self.top_k) if cuts else logprobs
 

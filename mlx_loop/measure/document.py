@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
-from ..foreign import in_markdown, visible
+from ..foreign import in_markdown, lines, visible
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,17 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """Args: left: columns of words, besides the first one."""
+    """Rows of cells.
+
+    Args:
+        left: columns of words, besides the first one.
+        search: whether a page has a field that finds rows in it.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: Sequence[str] = ()
+    search: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,14 @@ def markdown(blocks: Sequence[Block]) -> str:
         elif isinstance(block, Picture):
             out.append(f"![{block.title}]({block.path.name})")
         else:
-            lines = [block.header, ["---"] * len(block.header), *block.rows]
-            rows = (" | ".join(map(_cell, line)) for line in lines)
+            all_rows = [block.header, ["---"] * len(block.header), *block.rows]
+            rows = (" | ".join(map(_cell, row)) for row in all_rows)
             out.append("\n".join(f"| {row} |" for row in rows))
     return "\n\n".join(out) + "\n"
 
 
 def _cell(text: str) -> str:
-    return in_markdown(" ".join(text.split()))
+    return "<br>".join(in_markdown(line) for line in lines(text.strip()) or [""])
 
 
 STYLE = """
@@ -82,15 +88,24 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: right }
 th:first-child, td:first-child { text-align: left }
-img { max-width: 100% }
+img, input { max-width: 100% }
+p { white-space: pre-line; overflow-wrap: anywhere }
+"""
+# Rows without the words in the field before a table are hidden.
+SEARCH = """
+for (const field of document.querySelectorAll("input[type=search]")) field.oninput = () => {
+  for (const row of [...field.nextElementSibling.rows].slice(1))
+    row.hidden = !row.textContent.toLowerCase().includes(field.value.toLowerCase())
+}
 """
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:
     """Blocks as one HTML file; pictures are inside it."""
     return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{_html(title)}'
-        f"</title>\n<style>{STYLE}</style>\n{body(blocks)}\n</html>\n"
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><title>{_html(title)}</title>\n'
+        f"<style>{STYLE}</style>\n{body(blocks)}\n<script>{SEARCH}</script>\n</html>\n"
     )
 
 
@@ -108,17 +123,19 @@ def body(blocks: Sequence[Block]) -> str:
                 f'alt="{_html(block.title)}"></picture>'
             )
         else:
+            if block.search:
+                parts.append('<input type="search" placeholder="search">')
             head = "".join(f"<th>{_html(cell)}</th>" for cell in block.header)
-            lines = [
+            rows = [
                 "<tr>" + "".join(map(_td, block.header, row, repeat(block.left))) + "</tr>"
                 for row in block.rows
             ]
-            parts.append(f"<table><tr>{head}</tr>\n" + "\n".join(lines) + "</table>")
+            parts.append(f"<table><tr>{head}</tr>\n" + "\n".join(rows) + "</table>")
     return "\n".join(parts)
 
 
 def _td(name: str, text: str, left: Sequence[str]) -> str:
-    style = ' style="text-align: left"' if name in left else ""
+    style = ' style="text-align: left; white-space: pre-wrap"' if name in left else ""
     return f"<td{style}>{_html(text)}</td>"
 
 

@@ -12,8 +12,9 @@ from ..errors import UserError
 from ..files import alone
 from ..models.looped import Looped
 from .drift import Drift, traced
-from .results import Results
-from .study import DRIFT, RESULTS, SECONDS, Study
+from .provenance import provenance
+from .results import Results, append
+from .study import DRIFT, RESULTS, RUNS, SECONDS, Study
 from .tasks import FROM_FILES, Task, named, split_name
 from .tasks.harness import Harness
 from .tasks.ruler import TASKS, Ruler
@@ -68,7 +69,12 @@ def other_tasks(
         place: of the tokenizer, a folder.
         include_path: a folder with task files of the user's.
     """
-    asked = {"template": study.template, "system": study.system_prompt, "batch": study.batch_size}
+    asked = {
+        "template": study.template,
+        "system": study.system_prompt,
+        "batch": study.batch_size,
+        "step": study.prefill_step_size,
+    }
     found: list[Task] = [
         named(FROM_FILES[split_name(name)[0]].read(path, tokenizer, study.limit, **asked), name)
         for name, path in files.items()
@@ -88,6 +94,7 @@ def carry_out(
     others: Sequence[Task],
     traces: int,
     measure: Callable[..., bool],
+    command: str,
 ) -> bool:
     """Measure what a study's folder lacks, and how far settings drift on some of its problems.
 
@@ -95,16 +102,22 @@ def carry_out(
         traces: problems of each length on which drift is measured.
         measure: (title, views, tokenizer, task, results, seconds): as `study.run`, and shows how
             far it is.
+        command: what was typed; the folder tells where its answers come from.
 
     Returns:
         Whether it came to the end.
     """
     with several.held_by_first(lambda: alone(folder / RESULTS)):
         results = Results.open(folder / RESULTS, study.header())
-        title = f"{len(views)} settings"
-        for task in (problems, *others):
-            if not measure(title, views, tokenizer, task, results, folder / SECONDS):
-                return False
+        title, known, made = f"{len(views)} settings", len(results.rows), provenance(command)
+        try:
+            for task in (problems, *others):
+                if not measure(title, views, tokenizer, task, results, folder / SECONDS):
+                    return False
+        finally:
+            new = len(results.rows) - known
+            if new and several.is_first():
+                append(folder / RUNS, {**made, "results": new})
         chosen = problems.of(traced(problems.problems, traces))
         if not chosen.problems:
             return True

@@ -126,7 +126,7 @@ def sweep(
         task = read_tasks(named, tokenizer, limit, **asked)
     if idle:
         raise UserError(f"{' and '.join(idle)} would not be read by this task: leave it out")
-    header |= {"data": data, **{name: asked[name] for name in asked if name != "batch"}}
+    header |= {"data": data, **asked}
     with nullcontext() if out is None else alone(path_of(out)):
         results = Results(None, {}) if out is None else Results.open(path_of(out), header)
         _measure(progress)("", views, tokenizer, task, results)
@@ -184,7 +184,7 @@ def evaluate(
         folder = path_of(out or stack.enter_context(TemporaryDirectory()))
         problems = examples(asked, tokenizer, folder)
         measure = _measure(progress)
-        carry_out(asked, views, tokenizer, folder, problems, others, traces, measure)
+        carry_out(asked, views, tokenizer, folder, problems, others, traces, measure, "in Python")
         layers, page = len(views[0].layers), None
         if out is not None:
             _, page = report.write(folder, layers, holdout)

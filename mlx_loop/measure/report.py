@@ -31,8 +31,9 @@ from .outcome import (
     said_held_out,
 )
 from .plots import draw_accuracy, draw_lengths, save
+from .provenance import runs_table, settings_table
 from .results import Row, key, parsed, read_rows
-from .study import DRIFT, RESULTS, SECONDS
+from .study import DRIFT, EXAMPLES, RESULTS, RUNS, SECONDS
 from .tasks import FROM_FILES
 from .trace import VERDICTS, worst
 
@@ -49,6 +50,7 @@ PUBLISHED: tuple[tuple[str, str, float | None, float | None, float], ...] = (
     ("Moonlight-16B-A3B", "OpenBookQA", 31.60, 32.80, 1.20),
     ("DeepSeek-V2-Lite", "ARC-Challenge", None, None, 0.85),
 )
+MOST_ANSWERS = 200  # problems whose answers a report shows.
 # What rows call a score from 0 to 1.
 SCORES = ("score", "right")
 
@@ -147,14 +149,60 @@ def write(
     blocks += _drift(found, folder / DRIFT)
     if reference:
         blocks += _reference()
-    settings = [[outcome.name, str(outcome.loop)] for outcome in found if outcome.loop]
-    blocks += [Paragraph("Settings", 2), Table(["setting", "in full"], settings)]
+    blocks += [Paragraph("Settings", 2), settings_table(scores.names, scores.settings)]
     header = [[name, to_json(value)] for name, value in scores.header.items()]
-    blocks += [Paragraph("Configuration", 2), Table(["field", "value"], header)]
+    blocks += [Paragraph("Configuration", 2), Table(["field", "value"], header, left=["value"])]
+    file = folder / RUNS
+    made = parsed(read_text(file) if file.exists() else "")
+    if runs := [run for run in made if isinstance(run, dict)]:
+        blocks += [Paragraph("Runs", 2), runs_table(runs)]
+    blocks += _answers(scores, folder)
     for name, text in (("report.md", markdown(blocks)), ("report.html", page(title, blocks))):
         with whole_file(folder / name, overwrite=True) as scratch:
             scratch.write_text(text, encoding="utf-8")
     return scores, folder / "report.html"
+
+
+def _answers(scores: Scores, folder: Path) -> list[Block]:
+    """Answers side by side, where settings differ in them."""
+    said: dict[Problem, dict[str, str]] = defaultdict(dict)
+    for row in read_rows(folder / RESULTS):
+        # Lines of something else are passed over.
+        with suppress(TypeError, KeyError):
+            answer: Any = row.get("answer", row.get("text"))
+            words = answer if isinstance(answer, str) else ", ".join(map(str, answer))
+            score: Any = row.get("score", row.get("right"))
+            mark = {1: "✓ ", 0: "✗ "}.get(score, "")
+            said[row["task"], row["length"], row["index"]][key(row["loop"])] = mark + words.strip()
+    settings = [key(loop) for loop in scores.settings]
+    answered = {
+        p: [said[p].get(name, "") for name in settings] for p in scores.problems if p in said
+    }
+    if not answered:
+        return []
+    different = {p: answers for p, answers in answered.items() if len(set(answers)) > 1}
+    text = f"Of {len(answered)} problems {len(different)} have answers that differ. "
+    if len(different) > MOST_ANSWERS:
+        text += f"Here are the first {MOST_ANSWERS}. "
+    expected = _expected(folder / EXAMPLES)
+    rows = [
+        [" ".join(str(part) for part in p if part is not None), expected.get(p, ""), *answers]
+        for p, answers in list(different.items())[:MOST_ANSWERS]
+    ]
+    header = ["problem", "expected", *scores.names]
+    return [
+        Paragraph("Answers", 2),
+        Paragraph(f"{text}All are in {RESULTS}; ✓ is right, ✗ is wrong."),
+        *([Table(header, rows, left=header, search=True)] if rows else []),
+    ]
+
+
+def _expected(path: Path) -> dict[Problem, str]:
+    found: dict[Problem, str] = {}
+    for row in parsed(read_text(path) if path.exists() else ""):
+        with suppress(TypeError, KeyError):
+            found[row["task"], row["length"], row["index"]] = ", ".join(row["answers"])
+    return found
 
 
 def _overall(found: Sequence[Outcome], layers: int, path: Path) -> Table:

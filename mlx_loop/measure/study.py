@@ -124,9 +124,9 @@ def gather(
 
 # --- The folder of `mlx_loop evaluate` ---
 
-# Problems; answers with their scores; how long each batch took; traces.
+# Problems; answers with their scores; how long each batch took; traces; where answers come from.
 EXAMPLES, RESULTS = "examples.jsonl", "results.jsonl"
-SECONDS, DRIFT = "seconds.jsonl", "drift.jsonl"
+SECONDS, DRIFT, RUNS = "seconds.jsonl", "drift.jsonl", "runs.jsonl"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -20,8 +21,9 @@ from ..foreign import foreseen, path_of, read_json, read_text, to_json, visible
 from ..generation.conversation import Conversation
 from ..settings import LoopConfig
 from .fields import SETTINGS, check_model, check_read, parse_setting
+from .markdown import Rendering
 from .options import fraction, from_zero, parse_draft, positive, temperature
-from .session import Command, Row, Session, command, grid, needed, parsed
+from .session import PASSES, Command, Row, Session, command, grid, needed, parsed
 from .terminal import context, describe, err, extra_cost, numbers, out, stream
 
 
@@ -32,18 +34,23 @@ class Chat(Session):
     Args:
         title: of the model.
         generation: arguments of `stream_generate`.
+        plain: whether answers are shown as they come, and not as Markdown.
     """
 
     conversation: Conversation
     title: str
     generation: dict[str, Any]
+    plain: bool = False
     _before_off: LoopConfig | None = None
     # Texts that go before the next message, and the file of the last /save or /load.
     _texts: list[str] = field(default_factory=list)
     _file: Path | None = None
 
     name = "chat"
-    hints = ((Text("/FIELD VALUE", "bold"), "the same as /set: /" + ", /".join(SETTINGS)),)
+    hints = (
+        (Text("/FIELD VALUE", "bold"), "the same as /set: /" + ", /".join(SETTINGS)),
+        PASSES,
+    )
 
     def commands(self) -> Mapping[str, Command]:
         fields = {name: Command(partial(Chat.change, name=name)) for name in SETTINGS}
@@ -55,12 +62,12 @@ class Chat(Session):
     def answer(self, text: str) -> bool:
         """Stream the answer to `text`, then one line of numbers."""
         text, self._texts = "\n\n".join([*self._texts, text]), []
-        answer = stream(
-            lambda progress: self.conversation.reply(text, progress, **self.generation),
-            self.generation["prefill_step_size"],
-            lambda piece: out.out(piece, end="", style="cyan", highlight=False),
-        )
-        out.print()
+        with self._shown() as show:
+            answer = stream(
+                lambda progress: self.conversation.reply(text, progress, **self.generation),
+                self.generation["prefill_step_size"],
+                show,
+            )
         if answer.stopped:
             out.print("stopped", style="yellow")
         if answer.last is not None:
@@ -120,19 +127,22 @@ class Chat(Session):
 
     @command("T", "sampling temperature; 0: greedy")
     def temp(self, argument: str) -> None:
-        self._sample(temp=parsed(temperature, argument, "/temp 0.7"))
+        self._sample("temp", parsed(temperature, argument, "/temp 0.7"))
 
     @command("P", "sample from the likeliest tokens that make up this probability")
     def top_p(self, argument: str) -> None:
-        self._sample(top_p=parsed(fraction, argument, "/top-p 0.9"))
+        self._sample("top_p", parsed(fraction, argument, "/top-p 0.9"))
 
     @command("N", "the most tokens of an answer")
     def max_tokens(self, argument: str) -> None:
         self.generation["max_tokens"] = parsed(positive, argument, "/max-tokens 100")
+        self._show_sampling()
 
     @command("N", "of the random numbers")
     def seed(self, argument: str) -> None:
-        mx.random.seed(parsed(from_zero, argument, "/seed 1"))
+        seed = parsed(from_zero, argument, "/seed 1")
+        mx.random.seed(seed)
+        out.print(f"seed {seed}", style="dim")
 
     @command("", "model, settings, what the cache holds")
     def info(self, _: str) -> None:
@@ -140,6 +150,7 @@ class Chat(Session):
         rows = [
             ("model", f"{self.title} ({model.model_type}, {model.depth} layers)"),
             *self._loop_rows(),
+            ("answers", self._sampling()),
             ("system", talk.system or "none"),
             ("conversation", f"{len(talk.messages)} messages"),
             ("cache", talk.cache_summary()),
@@ -205,7 +216,7 @@ class Chat(Session):
 
     def change(self, text: str, name: str) -> None:
         """`/FIELD VALUE`: another value of a field."""
-        self._change(name, needed(text, f"/{name} VALUE"))
+        self._change(name, needed(text, f"/{name} VALUE (/help {name} says which)"))
         self._show_loop()
 
     def tell_of_system(self) -> None:
@@ -217,6 +228,17 @@ class Chat(Session):
                 style="yellow",
             )
 
+    @contextmanager
+    def _shown(self) -> Iterator[Callable[[str], None]]:
+        """What shows the pieces of an answer."""
+        if self.plain or not out.can_redraw:
+            yield partial(out.out, end="", style="cyan", highlight=False)
+            out.print()
+            return
+        talk = self.conversation
+        with Rendering(out, talk.marks, talk.begins_with_thoughts) as rendering:
+            yield rendering.show
+
     def _take_back(self) -> str:
         """The last question, which with its answer is no longer part of the conversation."""
         messages = self.conversation.messages
@@ -226,8 +248,24 @@ class Chat(Session):
         self.conversation.messages = messages[: asked[-1]]
         return messages[asked[-1]]["content"]
 
-    def _sample(self, **changes: Any) -> None:
-        self.generation["sampler"] = replace(self.generation["sampler"], **changes)
+    def _sample(self, name: str, value: float) -> None:
+        sampler = replace(self.generation["sampler"], **{name: value})
+        if name != "temp" and not sampler.temp:
+            raise UserError(f"{name} does nothing without a temperature: /temp 0.7 first")
+        self.generation["sampler"] = sampler
+        self._show_sampling()
+
+    def _show_sampling(self) -> None:
+        out.print(self._sampling(), style="dim")
+
+    def _sampling(self) -> str:
+        """How tokens are drawn, and how many."""
+        sampler = self.generation["sampler"]
+        given = [(name, getattr(sampler, name)) for name in ("top_p", "min_p", "top_k")]
+        words = [f"temp {sampler.temp:g}", *(f"{n} {v:g}" for n, v in given if v)]
+        if not sampler.temp:
+            words = ["greedy (temp 0)"]
+        return ", ".join([*words, f"at most {self.generation['max_tokens']} tokens"])
 
     def _looped(self) -> LoopConfig:
         checkpoint = self.conversation.model.checkpoint

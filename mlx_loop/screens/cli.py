@@ -11,16 +11,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from importlib import import_module
 from itertools import takewhile
 from types import FrameType
 from typing import Any, NoReturn
 
 from .. import __version__, several
-from ..errors import INTERRUPTED, LOST, UNREAD, USER_ERROR, UserError
+from ..errors import INTERRUPTED, LOST, UNREAD, USER_ERROR, UserError, suggestion
 from ..foreign import one_line, visible
 from .options import SEVERAL, check_idle
 
@@ -71,12 +70,6 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unexpected {unknown[0]}")
         return found, unknown
-
-
-def suggestion(typed: str, known: Iterable[str]) -> str:
-    """`, did you mean ...?`, where something known is near."""
-    near = get_close_matches(typed, known, 1)
-    return f", did you mean {near[0]}?" if near else ""
 
 
 def build_parser() -> argparse.ArgumentParser:

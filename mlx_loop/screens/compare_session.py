@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,21 +16,30 @@ from rich.text import Text
 
 from ..errors import UserError
 from ..files import whole_file
-from ..foreign import foreseen, from_json, in_markdown, lines, path_of, read_text, to_json, visible
+from ..foreign import foreseen, from_json, lines, path_of, read_text, to_json, visible
 from ..generation.conversation import Interrupted
 from ..generation.sampling import Sampler
 from ..measure.comparison import Answer, compare, distinct
-from ..measure.names import names
+from ..measure.document import markdown, page
+from ..measure.provenance import provenance
 from ..models.looped import Looped
 from ..settings import LoopConfig
 from .board import Board, answer_report
+from .compare_report import blocks
 from .fields import SETTINGS, check_model, check_read, combinations, parse_config, parse_settings
 from .options import from_zero, parse_draft, positive, temperature
-from .session import Command, Row, Session, command, grid, needed, parsed
-from .terminal import extra_cost, interruptible, out, prompt_progress
+from .session import PASSES, Command, Row, Session, command, grid, needed, parsed
+from .terminal import (
+    NowAndThen,
+    command_line,
+    extra_cost,
+    interruptible,
+    out,
+    prompt_progress,
+    tell_of_length,
+)
 
 MOST_SETTINGS = 12
-SECONDS_BETWEEN_PICTURES = 0.1
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,15 @@ class Compare(Session):
         ),
         ("", Text("as /loops 1,3,6 or /window 3:7,4:8; empty: the preset", "dim")),
         ("", Text("a change answers the last prompt again", "dim")),
+        PASSES,
+        (
+            Text("KL, agreement", "dim"),
+            Text(
+                "how far predictions are from those without a loop, in nats (0: the same), and "
+                "how many name the same token first",
+                "dim",
+            ),
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -116,12 +133,13 @@ class Compare(Session):
         """Show what all settings make of a prompt; False: it was stopped."""
         self._prompt, asked, views = text, self.asked, self.views()
         tokens = self.render(text)
+        tell_of_length(self.model, len(tokens))
         if asked.seed is None and asked.sampler.temp:
             asked = replace(asked, seed=random.randrange(2**31))
-        draws = out.is_terminal and not out.is_dumb_terminal and not self.as_json
+        draws = out.can_redraw and not self.as_json
         answers: list[Answer] = []
         live: Live | None = None
-        next_picture = 0.0
+        now_and_then = NowAndThen()
         with ExitStack() as stack:
             stop = stack.enter_context(interruptible())
             progress = stack.enter_context(prompt_progress(asked.prefill_step_size, stop))
@@ -136,12 +154,8 @@ class Compare(Session):
                         live = stack.enter_context(
                             Live(console=out, screen=True, auto_refresh=False)
                         )
-                    start = time.perf_counter()
-                    if live and start > next_picture:
-                        live.update(Board(answers), refresh=True)
-                        drawn = time.perf_counter()
-                        # Huge terminals take their time, but most of it is the answers'.
-                        next_picture = drawn + max(SECONDS_BETWEEN_PICTURES, 5 * (drawn - start))
+                    if live:
+                        now_and_then(partial(live.update, Board(answers), refresh=True))
                     if stop.is_set():
                         stream.close()
             except Interrupted:
@@ -155,6 +169,7 @@ class Compare(Session):
             "draft": self.drafts,
             "stopped": stop.is_set(),
             "answers": [answer_report(answer, answers[0]) for answer in answers],
+            "made": provenance(command_line()),
         }
         self.reports.append(report)
         if self.as_json:
@@ -214,11 +229,13 @@ class Compare(Session):
             if not self.answer(prompt):
                 break
 
-    @command("FILE", "write the session, as JSON or (.md) Markdown")
+    @command("FILE", "write the session: as JSON, or .html or .md to read")
     def save(self, argument: str) -> None:
-        path = path_of(needed(argument, "/save session.json, or session.md"))
+        path = path_of(needed(argument, "/save session.json, session.html or session.md"))
         if path.suffix == ".md":
-            text = markdown(self.reports)
+            text = markdown(blocks(self.reports))
+        elif path.suffix == ".html":
+            text = page(f"{self.title}: what loops change", blocks(self.reports))
         else:
             text = to_json(self.reports, indent=2) + "\n"
         with whole_file(path) as file:
@@ -276,22 +293,3 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise UserError(f"{path} has no prompts in it: write one to a line")
     return prompts
-
-
-def markdown(reports: Iterable[dict[str, Any]]) -> str:
-    """A session for people to read."""
-    parts = []
-    for report in reports:
-        loops = [
-            None if answer["loop"] is None else LoopConfig.from_dict(answer["loop"])
-            for answer in report["answers"]
-        ]
-        parts.append(f"# {in_markdown(report['model'])}\n\n{_quoted(report['prompt'])}")
-        for title, answer in zip(names(loops, brief=True), report["answers"], strict=True):
-            parts.append(f"## {title}\n\n{' · '.join(answer['notes'])}")
-            parts.append(_quoted(answer["text"]))
-    return "\n\n".join(parts) + "\n"
-
-
-def _quoted(text: str) -> str:
-    return "\n".join(f"> {in_markdown(line)}".rstrip() for line in lines(text))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, suggestion
 from ..integrators import INTEGRATORS
 from ..presets import resolve
 from ..settings import CHOICES, INTEGRATOR_FIELDS, Guard, LoopConfig, shown
@@ -38,13 +38,42 @@ def parse_setting(name: str, text: str) -> Any:
     Raises:
         UserError: `text` is not of the field's form, or no such field.
     """
-    setting = SETTINGS.get(name)
-    if setting is None:
-        raise UserError(f"unknown loop setting {name!r}; known are {', '.join(SETTINGS)}")
+    setting = _setting(name)
     try:
         return setting.parse(text)
     except ValueError as error:
-        raise UserError(f"{name} {shown(text)} is not valid: write {setting.form}") from error
+        meant = suggestion(text, CHOICES.get(name, ())) or ":"
+        raise UserError(f"{name} {shown(text)} is not valid{meant} write {setting.form}") from error
+
+
+def explained(name: str) -> list[tuple[str, str]]:
+    """What a setting does and how its values are written, in rows of words.
+
+    Raises:
+        UserError: no such field.
+    """
+    setting = _setting(name)
+    rows = [(name, setting.help), ("", f"write {setting.form}")]
+    if name == "integrator":
+        rows = [(name, "how the loops make one step"), *_integrators()]
+    return rows
+
+
+def integrators_explained() -> str:
+    """A line for each integrator, for a page of help."""
+    return "\n".join(f"{name:<16} {words}" for name, words in _integrators())
+
+
+def _integrators() -> list[tuple[str, str]]:
+    return [(name, integrator.words) for name, integrator in INTEGRATORS.items()]
+
+
+def _setting(name: str) -> Setting:
+    if name not in SETTINGS:
+        meant = suggestion(name, SETTINGS) or ";"
+        known = ", ".join(SETTINGS)
+        raise UserError(f"unknown loop setting {name!r}{meant} known are {known}")
+    return SETTINGS[name]
 
 
 # Their values have commas in them, so several values have semicolons between.
@@ -183,7 +212,7 @@ SETTINGS: dict[str, Setting] = {
         "several windows, each in its turn, 12:16+20:24",
     ),
     "integrator": _choice(
-        "integrator", "how the loops make one step: " + ", ".join(INTEGRATORS), "NAME"
+        "integrator", "how the loops make one step, one of the integrators below", "NAME"
     ),
     "beta": Setting(
         float, "a number from -1 to 2", "B", "anchored: weight of the plain pass, mostly 0 to 1"

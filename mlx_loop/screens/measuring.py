@@ -20,7 +20,7 @@ from ..measure.tasks import Task
 from ..models.looped import Looped
 from .fields import combinations
 from .options import axes_from, load_with_start
-from .terminal import busy, plain_table, progress_bar
+from .terminal import busy, plain_table, progress_bar, tell_of_length, unechoed
 
 # Measures a task under views, as far as the results lack it; says whether it came to the end.
 Measure = Callable[..., bool]
@@ -49,7 +49,8 @@ def measuring() -> Iterator[tuple[Progress, Measure]]:
 
     What was answered is kept line by line, so Ctrl-C may drop the batch at hand.
     """
-    with progress_bar() as bars:
+    told = False
+    with unechoed(), progress_bar() as bars:
 
         def measure(
             title: str,
@@ -59,6 +60,10 @@ def measuring() -> Iterator[tuple[Progress, Measure]]:
             results: Results,
             seconds: Path | None = None,
         ) -> bool:
+            nonlocal told
+            if not told:
+                lengths = [task.length(tokenizer, item) for item in task.items]
+                told = tell_of_length(views[0], max(lengths, default=0))
             total, done = extent(views, task, results)
             bar = bars.add_task(title, total=total, completed=done)
             try:

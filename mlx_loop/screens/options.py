@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,15 @@ from ..errors import UserError
 from ..foreign import check_text, from_json, read_json, read_stdin
 from ..presets import RECIPES
 from ..settings import LoopConfig
-from .fields import SETTINGS, check_model, check_read, combinations, parse_setting, parse_settings
+from .fields import (
+    SETTINGS,
+    check_model,
+    check_read,
+    combinations,
+    integrators_explained,
+    parse_setting,
+    parse_settings,
+)
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -108,6 +116,7 @@ def json_object(text: str) -> dict[str, Any]:
 NEEDS = {
     "top_p": "temp",
     "min_p": "temp",
+    "min_tokens_to_keep": "min_p",
     "top_k": "temp",
     "xtc_probability": "temp",
     "xtc_threshold": "xtc_probability",
@@ -127,7 +136,8 @@ def check_idle(args: argparse.Namespace) -> None:
         if not _is_given(args, other):
             refuse(args, (name,), f"without --{other.replace('_', '-')}")
     if _is_given(args, "ignore_chat_template"):
-        refuse(args, ("system_prompt", "chat_template_config"), "with --ignore-chat-template")
+        names = ("system_prompt", "prefill_response", "chat_template_config")
+        refuse(args, names, "with --ignore-chat-template")
 
 
 def refuse(args: argparse.Namespace, names: tuple[str, ...], where: str) -> None:
@@ -248,7 +258,10 @@ def add_loop_options(parser: argparse.ArgumentParser, several: bool = False) -> 
     Args:
         several: whether each takes several values, which are all combined.
     """
-    about = "What is left out is as saved with the model, else the preset of its size."
+    about = (
+        "Some of the middle layers, the window, are applied K times in place of the plain pass over"
+        "\nthem. What is left out is as saved with the model, else the preset of its size."
+    )
     if several:
         about += (
             "\nSeveral values, with commas between (semicolons for alpha, weights and"
@@ -259,6 +272,7 @@ def add_loop_options(parser: argparse.ArgumentParser, several: bool = False) -> 
     add(group, "--recipe", what, str, choices=list(RECIPES))
     for name, setting in SETTINGS.items():
         add(group, f"--{FLAGS.get(name, name)}", setting.help, str, setting.metavar)
+    parser.add_argument_group("integrators", integrators_explained())
 
 
 def apply_loop(args: argparse.Namespace, model: Looped) -> None:
@@ -357,21 +371,46 @@ def add_template_config(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def render_prompt(args: argparse.Namespace, tokenizer: TokenizerWrapper, prompt: str) -> list[int]:
-    """Token ids of `prompt` in the chat template, unless it is to be ignored."""
+def render_prompt(
+    args: argparse.Namespace,
+    tokenizer: TokenizerWrapper,
+    prompt: str,
+    begun: Sequence[dict[str, str]] = (),
+) -> list[int]:
+    """Token ids of `prompt` in the chat template, unless it is to be ignored.
+
+    Args:
+        begun: the answer's beginning, of `begun_answer`.
+    """
     from ..generation.prompt import encode, render
 
     if args.ignore_chat_template:
         return encode(tokenizer, prompt)
-    message = {"role": "user", "content": prompt}
-    return render(tokenizer, [message], args.system_prompt, args.chat_template_config)
+    messages = [{"role": "user", "content": prompt}, *begun]
+    return render(tokenizer, messages, args.system_prompt, args.chat_template_config)
+
+
+def begun_answer(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> list[dict[str, str]]:
+    """The assistant's message that --prefill-response begins, or nothing."""
+    begun = args.prefill_response
+    if begun is None:
+        return []
+    check_text(begun)
+    if not begun.strip():
+        raise UserError("--prefill-response is empty: give the first words of the answer")
+    if not tokenizer.has_chat_template:
+        raise UserError(
+            "--prefill-response needs a model with a chat template: end --prompt with the first "
+            "words of the answer instead"
+        )
+    return [{"role": "assistant", "content": begun}]
 
 
 def add_prefill_option(group: argparse._ActionsContainer) -> None:
     """--prefill-step-size."""
     what = (
-        "prompt tokens processed at a time; Ctrl-C is heard in between (default: 512, on a CPU 64; "
-        "mlx-lm has 2048)"
+        "prompt tokens processed at a time, those of a batch together; Ctrl-C is heard in between "
+        "(default: 512, on a CPU 64; mlx-lm has 2048)"
     )
     add(group, "--prefill-step-size", what, positive, "N")
 
@@ -380,17 +419,24 @@ def prefill_step_from(args: argparse.Namespace) -> int:
     """Prompt tokens to process at a time."""
     import mlx.core as mx
 
+    from ..generation.prefill import CPU_STEP, GPU_STEP
+
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return args.prefill_step_size or (64 if on_cpu else 512)
+    return args.prefill_step_size or (CPU_STEP if on_cpu else GPU_STEP)
 
 
 # --- Generation ---
 
 
 _SAMPLING = {
-    "temp": (temperature, "T", "sampling temperature; 0, the default, is greedy"),
+    "temp": (
+        temperature,
+        "T",
+        "sampling temperature; 0 is greedy (default: 0, of chat what the checkpoint says)",
+    ),
     "top_p": (fraction, "P", "sample from the likeliest tokens that make up this probability"),
     "min_p": (fraction, "P", "drop tokens less likely than this times the likeliest"),
+    "min_tokens_to_keep": (positive, "N", "tokens that --min-p keeps in any case (default: 1)"),
     "top_k": (from_zero, "K", "sample from the K likeliest tokens"),
     "xtc_probability": (fraction, "P", "how often to apply XTC sampling"),
     "xtc_threshold": (half, "P", "XTC: leave out tokens above this probability (default: 0.1)"),
@@ -540,7 +586,7 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
         "what drafts: self, the model without its loops; lookup, the text so far; or a small model "
         "with the same tokens"
     )
-    add(group, "--draft", what, str, "{self,lookup,MODEL}")
+    add(group, "--draft --draft-model", what, str, "{self,lookup,MODEL}")
     what = (
         "the most tokens to draft at a time; how many is decided by how many were right before "
         "(default: 8)"

@@ -10,7 +10,7 @@ from ..checkpoints.macs import BANDWIDTH, SIZES
 from ..checkpoints.memory import GIB, Footprint, usable
 from ..checkpoints.quantise import Quantization, choose, is_quantised
 from ..errors import UserError
-from ..generation.prefill import prefill_step
+from ..generation.prefill import GPU_STEP
 from ..generation.prompt import reads_quantised_cache
 from ..models.looped import Looped
 from ..settings import CHOICES
@@ -122,11 +122,11 @@ def _print_cache(model: Looped, quantises: bool) -> None:
     out.print(table)
     footprint = Footprint(model, fused=True)
     for bits in (None, 4) if quantises else (None,):
-        step = prefill_step(bits)
+        at_a_time = f"{GPU_STEP} tokens at a time{'' if bits is None else ', kv 4 bits'}"
         out.print(
-            f"a prompt, {step} tokens at a time{'' if bits is None else ', kv 4 bits'}, at 8192 "
-            f"tokens: {footprint.activations(step, 8192, bits) / 1e6:.0f} MB, of that "
-            f"{footprint.loop_extra(step) / 1e6:.0f} MB for the loop"
+            f"a prompt, {at_a_time}, at 8192 tokens: "
+            f"{footprint.activations(GPU_STEP, 8192, bits) / 1e6:.0f} MB, of that "
+            f"{footprint.loop_extra(GPU_STEP) / 1e6:.0f} MB for the loop"
         )
     out.print()
 

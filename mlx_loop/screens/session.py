@@ -11,12 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import several
-from ..errors import INTERRUPTED, USER_ERROR, UserError
+from ..errors import INTERRUPTED, USER_ERROR, UserError, suggestion
 from ..foreign import foreseen, one_line
+from .fields import explained
 from .prompt_line import piped_lines, typed_lines
-from .terminal import err, is_interactive, out
+from .terminal import err, is_interactive, out, unechoed
 
 Row = tuple[str | Text, ...]
+PASSES: Row = (
+    Text("layer passes", "dim"),
+    Text("layers that a token goes through; +33%: the loops add a third", "dim"),
+)
 LEAVE = ("quit", "exit", "bye", "q")
 
 
@@ -70,11 +75,12 @@ class Session:
             try:
                 if interactive and line in LEAVE:
                     break
-                if line.startswith("/"):
-                    if not self.carry_out(line):
-                        break
-                elif not self.answer(line) and not interactive:
-                    return INTERRUPTED
+                with unechoed():
+                    if line.startswith("/"):
+                        if not self.carry_out(line):
+                            break
+                    elif not self.answer(line) and not interactive:
+                        return INTERRUPTED
             except KeyboardInterrupt:
                 # The second one, in the middle of a pass, where machines may be out of step.
                 if not interactive or several.count() > 1:
@@ -93,7 +99,8 @@ class Session:
             return False
         word = "help" if word == "?" else word
         if word not in self.commands():
-            raise UserError(f"unknown command /{word}; /help lists the commands")
+            meant = suggestion(word, (*self.commands(), *LEAVE)) or ";"
+            raise UserError(f"unknown command /{word}{meant} /help lists the commands")
         with foreseen(f"/{word}"):
             self.commands()[word].run(self, argument.strip())
         return True
@@ -107,8 +114,11 @@ class Session:
         found = {**vars(type(self)), **vars(Session)}
         return {n.replace("_", "-"): c for n, c in found.items() if isinstance(c, Command)}
 
-    @command("", "this list")
-    def help(self, _: str) -> None:
+    @command("FIELD", "what a loop setting does; empty: this list")
+    def help(self, argument: str) -> None:
+        if argument:
+            out.print(grid(explained(argument.removeprefix("/"))))
+            return
         rows = [
             (Text.assemble((f"/{word}", "bold"), f" {command.argument}"), command.help)
             for word, command in self.commands().items()

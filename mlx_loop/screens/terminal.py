@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
 import sys
+import termios
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +37,7 @@ from ..models.looped import Looped
 from ..settings import LoopConfig
 
 PIPE_WIDTH = 10_000
+SECONDS_BETWEEN_PICTURES = 0.1
 
 
 class Screen(Console):
@@ -52,6 +57,11 @@ class Screen(Console):
             shown = segment.control or segment.text.isprintable()
             yield segment if shown else segment._replace(text=visible(segment.text))
 
+    @property
+    def can_redraw(self) -> bool:
+        """Whether what was shown can be replaced."""
+        return self.is_terminal and not self.is_dumb_terminal
+
     def on_broken_pipe(self) -> None:
         raise  # What rich has caught; `main` knows what to do.
 
@@ -70,14 +80,35 @@ def _console(stderr: bool = False) -> Screen:
 out, err = _console(), _console(stderr=True)
 
 
-def busy(what: str, name: str = "") -> Status:
+@contextmanager
+def busy(what: str, name: str = "") -> Iterator[Status]:
     """What is being done, and to what, while it takes time."""
-    return err.status(Text(f"{what} {visible(name)}"))
+    with unechoed(), err.status(Text(f"{what} {visible(name)}")) as status:
+        yield status
+
+
+def command_line() -> str:
+    """What was typed to start the program."""
+    return shlex.join(["mlx_loop", *sys.argv[1:]])
 
 
 def is_interactive() -> bool:
     """Whether a person sits in front of both standard input and output."""
     return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+class NowAndThen:
+    """Draws at most so often that most of the time is the answers', on huge terminals too."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, draw: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        if start > self._next:
+            draw()
+            drawn = time.perf_counter()
+            self._next = drawn + max(SECONDS_BETWEEN_PICTURES, 5 * (drawn - start))
 
 
 def plain_table(*columns: str, left: tuple[str, ...] = ()) -> Table:
@@ -99,6 +130,28 @@ class Stop:
 
 
 @contextmanager
+def unechoed() -> Iterator[None]:
+    """What is typed meanwhile is not seen among what is drawn: it waits for the next prompt."""
+    if not _is_in_front():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        if _is_in_front():
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+def _is_in_front() -> bool:
+    """Whether the keyboard is ours; a program in the background is stopped if it touches it."""
+    return is_interactive() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+
+
+@contextmanager
 def interruptible() -> Iterator[Stop]:
     """What Ctrl-C sets, so that nothing stops in the middle of a pass over the model.
 
@@ -113,7 +166,8 @@ def interruptible() -> Iterator[Stop]:
 
     before = signal.signal(signal.SIGINT, handle)
     try:
-        yield stop
+        with unechoed():
+            yield stop
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -231,6 +285,19 @@ def context(model: Looped, tokens: int) -> str:
     trained = trained_length(model)
     longer = ", longer than it was trained on" if 0 < trained < tokens else ""
     return f"context {tokens}{f' of {trained}' if trained else ''}{longer}"
+
+
+def tell_of_length(model: Looped, tokens: int) -> bool:
+    """Say so where a prompt is longer than what a model was trained on; True: it is."""
+    trained = trained_length(model)
+    too_long = 0 < trained < tokens
+    if too_long:
+        err.print(
+            f"a prompt has {tokens} tokens, and the model was trained on {trained} at most: what "
+            "it says then may mean little",
+            style="yellow",
+        )
+    return too_long
 
 
 def numbers(answer: Streamed, model: Looped) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...errors import UserError
+from ...generation.prefill import PREFILL_STEP
 from ...generation.prompt import encode, render
 from ...models.looped import Looped
 from ..likelihood import log_likelihoods
@@ -33,8 +34,9 @@ class Choices(Task):
 
     items: Sequence[Row]
     batch: int = 8
+    step: int = PREFILL_STEP
 
-    reads: ClassVar[Sequence[str]] = ("batch",)
+    reads: ClassVar[Sequence[str]] = ("batch", "step")
     score = "right"
     beside: ClassVar[Sequence[Score]] = (
         Score("right_per_character", "right, log-likelihood per character"),
@@ -83,12 +85,16 @@ class Choices(Task):
         for start in sorted(starts, key=lambda start: start // self.batch * GOLDEN % 1):
             yield items[start : start + self.batch]
 
+    def length(self, tokenizer: TokenizerWrapper, item: Row) -> int:
+        return len(item["prompt"]) + max(map(len, item["endings"]))
+
     def measure(
         self, views: Sequence[Looped], tokenizer: TokenizerWrapper, items: Sequence[Row]
     ) -> Iterator[list[Found]]:
         prompts, endings = ([item[name] for item in items] for name in ("prompt", "endings"))
         for start in range(0, len(views), TOGETHER):
-            found = log_likelihoods(views[start : start + TOGETHER], prompts, endings)
+            some = views[start : start + TOGETHER]
+            found = log_likelihoods(some, prompts, endings, self.step)
             yield [
                 Found(start + i, list(map(judge, items, likelihoods)))
                 for i, likelihoods in enumerate(found)
@@ -107,7 +113,7 @@ class ChatChoices(Choices):
     template: Mapping[str, Any] = field(default_factory=dict)
     system: str | None = None
 
-    reads: ClassVar[Sequence[str]] = ("template", "system", "batch")
+    reads: ClassVar[Sequence[str]] = ("template", "system", "batch", "step")
 
     @classmethod
     def read(

@@ -10,6 +10,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...errors import UserError
+from ...generation.prefill import PREFILL_STEP
 from ...generation.prompt import render
 from ..results import Row
 from .task import Answers, read_items
@@ -34,6 +35,7 @@ class Questions(Answers):
     template: Mapping[str, Any] = field(default_factory=dict)
     system: str | None = None
     batch: int = 32
+    step: int = PREFILL_STEP
 
     score = "right"
 

@@ -153,6 +153,9 @@ class Ruler(Answers):
     def prompt(self, tokenizer: TokenizerWrapper, item: Row) -> list[int]:
         return self.tokens(tokenizer, item["example"].prompt, item["example"].answer_prefix)
 
+    def length(self, tokenizer: TokenizerWrapper, item: Row) -> int:
+        return item["example"].tokens
+
     def longest(self, item: Row) -> int:
         return TASKS[item["task"]].max_tokens
 

@@ -87,7 +87,7 @@ class Task:
 
         Args:
             limit: as in `spread`.
-            asked: how it is asked, if it is: max_tokens, template, system, batch.
+            asked: how it is asked, if it is: max_tokens, template, system, batch, step.
 
         Raises:
             UserError: the file cannot be read, or is not of the task's form.
@@ -99,6 +99,10 @@ class Task:
         for start in range(0, len(self.items), self.batch):
             yield self.items[start : start + self.batch]
 
+    def length(self, tokenizer: TokenizerWrapper, item: Row) -> int:
+        """Tokens that the model is given with an item; 0: that is not known."""
+        return 0
+
     def measure(
         self, views: Sequence[Looped], tokenizer: TokenizerWrapper, items: Sequence[Row]
     ) -> Iterator[list[Found]]:
@@ -109,7 +113,7 @@ class Task:
 class Answers(Task):
     """A task of prompts that are answered greedily."""
 
-    reads: ClassVar[Sequence[str]] = ("max_tokens", "template", "system", "batch")
+    reads: ClassVar[Sequence[str]] = ("max_tokens", "template", "system", "batch", "step")
     step: int = PREFILL_STEP
 
     def prompt(self, tokenizer: TokenizerWrapper, item: Row) -> list[int]:
@@ -119,6 +123,9 @@ class Answers(Task):
     def longest(self, item: Row) -> int:
         """The most tokens of an answer; the same for all items of a batch."""
         raise NotImplementedError
+
+    def length(self, tokenizer: TokenizerWrapper, item: Row) -> int:
+        return len(self.prompt(tokenizer, item))
 
     def judge(self, item: Row, text: str) -> Row:
         """What is kept of an answer, its score among it."""

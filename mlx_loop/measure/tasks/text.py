@@ -48,6 +48,9 @@ class Text(Task):
         """The text of a file."""
         return cls(read_pieces(path, tokenizer, limit))
 
+    def length(self, tokenizer: TokenizerWrapper, item: Row) -> int:
+        return len(item["tokens"])
+
     def measure(
         self, views: Sequence[Looped], tokenizer: TokenizerWrapper, items: Sequence[Row]
     ) -> Iterator[list[Found]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from statistics import fmean
@@ -32,10 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import mlx.core as mx
-
     from ...measure.bench import Speed, bench
     from ...measure.names import names
+    from ...measure.provenance import machine
     from ..measuring import load_views, table
     from ..terminal import err, extra_cost, out
 
@@ -73,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     out.print(
         f"{args.model}, {args.prompt_tokens} prompt tokens, {args.generation_tokens} generated, "
         f"batch {args.batch_size}, {args.num_trials} trials; mlx {version('mlx')}, "
-        f"{mx.device_info()['device_name']}, {platform.system()}",
+        f"{machine()}",
         style="dim",
     )
     return 0

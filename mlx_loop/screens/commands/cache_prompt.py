@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from ...generation.generate import make_prompt_cache
     from ...generation.prompt import check_prompt, opening
     from ...generation.prompt_cache import cache_path, save_prompt_cache
-    from ..terminal import busy, err, interruptible, prompt_progress
+    from ..terminal import busy, err, interruptible, prompt_progress, tell_of_length
 
     file = cache_path(args.prompt_cache_file)
     prompt = read_prompt(args.prompt)
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     check_prompt(model, tokens, cache, args.max_kv_size, kv["kv_bits"], kv["kv_group_size"])
     size = Footprint(model, fused=True).cache(len(tokens), kv["kv_bits"], kv["kv_group_size"])
     check_space(file.parent, file, size)
+    tell_of_length(model, len(tokens))
     step = prefill_step_from(args)
     with interruptible() as stop, prompt_progress(step, stop) as progress:
         steps = generate_step(

@@ -18,6 +18,8 @@ In the chat, /help lists what can be changed while it runs."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    what = "show answers as they come, without rendering Markdown and thoughts, as in a pipe"
+    options.add(parser, "--plain", what)
     options.add_model_options(parser, pipeline=True)
     options.add_loop_options(parser)
     options.add_sampling_options(parser, max_tokens=512)
@@ -46,6 +48,6 @@ def run(args: argparse.Namespace) -> int:
         max_kv_size=args.max_kv_size,
         template=args.chat_template_config,
     )
-    chat = Chat(conversation, args.model, generation)
+    chat = Chat(conversation, args.model, generation, args.plain)
     chat.tell_of_system()
     return chat.serve()

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     from ...measure.tasks import split_name
     from ...measure.tasks.ruler import SEED, Sources
     from ..measuring import load_views, measuring, table
-    from ..terminal import err, out
+    from ..terminal import command_line, err, out
 
     if theirs and several.count() > 1:
         raise UserError("lm_eval: tasks run on one machine: leave them out, or mlx.launch")
@@ -134,7 +134,8 @@ def run(args: argparse.Namespace) -> int:
         problems = examples(study, tokenizer, folder, lambda: bars.advance(bar))
         bars.remove_task(bar)
         traces = 2 if args.trace is None else args.trace
-        finished = carry_out(study, views, tokenizer, folder, problems, others, traces, measure)
+        asked = problems, others, traces, measure, command_line()
+        finished = carry_out(study, views, tokenizer, folder, *asked)
     if not several.is_first():
         return 0 if finished else INTERRUPTED
     if not finished:

@@ -9,7 +9,15 @@ from ... import several
 from ...errors import INTERRUPTED, UserError
 from ...foreign import to_json
 from .. import options
-from ..options import DRAFTS, generation_from, load_from, read_prompt, refuse, render_prompt
+from ..options import (
+    DRAFTS,
+    begun_answer,
+    generation_from,
+    load_from,
+    read_prompt,
+    refuse,
+    render_prompt,
+)
 
 if TYPE_CHECKING:
     from ...models.looped import Looped
@@ -23,6 +31,8 @@ EXAMPLES = """examples:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_prompt_options(parser)
+    what = "the first words of the answer, from where the model goes on; they are not printed"
+    options.add(parser, "--prefill-response", what, str, "TEXT")
     options.add(parser, "--json", "print one JSON object")
     what = "go on from what `mlx_loop cache_prompt` saved"
     options.add(parser, "--prompt-cache-file", what, str, "FILE")
@@ -38,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     from ...generation.generate import stream_generate
     from ...generation.prompt import check_room, rest
     from ...generation.prompt_cache import load_prompt_cache
-    from ..terminal import busy, err, numbers, out, stream
+    from ...method.cache import tokens_seen
+    from ..terminal import busy, err, numbers, out, stream, tell_of_length
 
     if args.prompt_cache_file is not None:
         if args.draft not in (None, *DRAFTS):
@@ -56,12 +67,14 @@ def run(args: argparse.Namespace) -> int:
     with busy("loading", args.model):
         model, tokenizer = load_from(args)
         settings = generation_from(args, tokenizer)
+        begun = begun_answer(args, tokenizer)
         if args.prompt_cache_file is not None:
             cache, _ = load_prompt_cache(args.prompt_cache_file, model)
-            tokens = rest(tokenizer, prompt, args.chat_template_config)
+            tokens = rest(tokenizer, prompt, args.chat_template_config, begun)
             check_room(cache, tokens)
         else:
-            tokens = render_prompt(args, tokenizer, prompt)
+            tokens = render_prompt(args, tokenizer, prompt, begun)
+    tell_of_length(model, (tokens_seen(cache or []) or 0) + len(tokens))
 
     def show(text: str) -> None:
         if not args.json:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from ...errors import UserError
+from ...errors import UserError, suggestion
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo
@@ -64,11 +63,8 @@ def run(args: argparse.Namespace) -> int:
 def _named(name: str, repos: list[CachedRepoInfo]) -> CachedRepoInfo:
     names = [repo.repo_id for repo in repos]
     if name not in names:
-        near = get_close_matches(name, names, 1)
-        raise UserError(
-            f"there is no {name} in the Hugging Face cache"
-            + (f": did you mean {near[0]}?" if near else "; `mlx_loop models` lists what is")
-        )
+        meant = suggestion(name, names) or "; `mlx_loop models` lists what is"
+        raise UserError(f"there is no {name} in the Hugging Face cache{meant}")
     return repos[names.index(name)]
 
 

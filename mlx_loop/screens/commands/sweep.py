@@ -38,6 +38,7 @@ ASKED = {
     "template": "chat_template_config",
     "system": "system_prompt",
     "batch": "batch_size",
+    "step": "prefill_step_size",
 }
 
 
@@ -58,6 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_plot(parser)
     options.add_max_tokens(parser, None, " (default: 64)")
     add(parser, "--batch-size", "questions at a time (default: 32; of choices 8)", positive, "N")
+    options.add_prefill_option(parser)
     options.add_model_options(parser)
     options.add_loop_options(parser, several=True)
     options.add_template_options(parser)
@@ -82,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     if args.best and kind.no_choice:
         raise UserError(f"--best needs a --task: {kind.no_choice}")
     asked = {name: getattr(args, option) for name, option in ASKED.items() if name in kind.reads}
+    if "step" in kind.reads:
+        asked["step"] = options.prefill_step_from(args)
     asked = {name: value for name, value in asked.items() if value is not None}
     data = [fingerprint(path) for path in files_of(names)]
     out_file = path_of(args.out)
@@ -95,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         "adapter": args.adapter_path,
         "dtype": args.dtype,
         "data": data[0] if len(data) == 1 else data,
-        **{name: getattr(task, name, None) for name in ASKED if name != "batch"},
+        **{name: getattr(task, name, None) for name in ASKED},
         "measure": "task" if of_kind == "questions" else of_kind,
     }
     with several.held_by_first(lambda: alone(out_file)), measuring() as (_, measure):

@@ -38,7 +38,7 @@ COLOURS = {"converging": "green", "drifting": "yellow", "diverging": "red"}
 def run(args: argparse.Namespace) -> int:
     from ...measure.library import trace
     from ...measure.plots import check, save
-    from ..terminal import busy, err
+    from ..terminal import busy, err, tell_of_length
 
     refuse(args, OF_ANSWERS, "in a trace, in which all tokens loop")
     if args.plot is not None:
@@ -46,8 +46,10 @@ def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args.prompt)
     with busy("loading", args.model):
         model, tokenizer = load_from(args)
+    tokens = render_prompt(args, tokenizer, prompt)
+    tell_of_length(model, len(tokens))
     with busy("tracing"):
-        traced = trace(model, tokenizer, render_prompt(args, tokenizer, prompt))
+        traced = trace(model, tokenizer, tokens)
     if args.json:
         print(to_json({"model": args.model, **traced.to_dict()}))
     else:
