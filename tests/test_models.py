@@ -63,6 +63,18 @@ def test_rm_asks_and_deletes_that_model_and_nothing_else(
     assert ("deleted" if deleted else "kept") in capsys.readouterr().out
 
 
+def test_what_cannot_be_deleted_is_not_called_deleted(cache, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    assert main(["models", "rm", "some/demo"]) == 2
+    out, err = capsys.readouterr()
+    assert "could not be deleted" in err
+    assert "\ndeleted" not in out
+
+
 def test_nobody_there_to_ask_keeps_the_model(cache, monkeypatch):
     def ended(question):
         raise EOFError

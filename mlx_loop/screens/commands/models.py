@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         # Of this repository alone: a copy of it has revisions of the same names.
         alone = replace(found, repos=frozenset([repo]))
         alone.delete_revisions(*(revision.commit_hash for revision in repo.revisions)).execute()
+        if repo.repo_path.exists():  # huggingface-hub only logs what it cannot delete.
+            raise UserError(f"{repo.repo_path} could not be deleted: may you write to it?")
         out.print("deleted")
         return 0
     if not repos:
