@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -39,7 +41,8 @@ COMMANDS = (
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
+        line = f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)"
+        self.exit(USER_ERROR, f"{_wrapped(line)}\n")
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """A flag that is none is refused here, by the parser whose help page has the right one."""
@@ -173,7 +176,15 @@ def _drop_output() -> None:
 def _complain(name: str, message: str) -> None:
     # All of several machines find the same mistake, and the first one says so.
     if os.environ.get("MLX_RANK", "0") == "0":
-        print(f"{name}: error: {message}", file=sys.stderr)
+        print(_wrapped(f"{name}: error: {message}"), file=sys.stderr)
+
+
+def _wrapped(line: str) -> str:
+    """The line, broken between words where a terminal would break it anyhow."""
+    if not sys.stderr.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":
