@@ -221,7 +221,8 @@ def test_an_answer_goes_on_from_its_first_words(tmp_path):
 def test_an_error_wraps_at_words_on_a_terminal(words):
     said = error(*words.split())
     command = f"{sys.executable} -m mlx_loop.screens.cli {words}"
-    shown = pexpect.run(command, dimensions=(24, 60), encoding="utf-8", env={**os.environ})
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    shown = pexpect.run(command, dimensions=(24, 60), encoding="utf-8", env=env)
     assert shown.split() == said.split()
     assert max(map(len, shown.splitlines())) <= 60
 

@@ -41,8 +41,8 @@ def parse_tasks(text: str) -> tuple[list[str], list[str], list[str]]:
         else:
             meant = suggestion(name, TASKS) or ":"
             raise UserError(
-                f"unknown task {name!r}{meant} known are ruler, {', '.join(TASKS)}, {LM_EVAL}NAME for "
-                "the tasks of lm-evaluation-harness, questions:FILE, choices:FILE and "
+                f"unknown task {name!r}{meant} known are ruler, {', '.join(TASKS)}, {LM_EVAL}NAME "
+                "for the tasks of lm-evaluation-harness, questions:FILE, choices:FILE and "
                 "chat_choices:FILE"
             )
     if not ours and not theirs and not files:
