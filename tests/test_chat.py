@@ -11,9 +11,13 @@ from contextlib import redirect_stderr, redirect_stdout
 import pexpect
 import pytest
 
+import mlx_loop
 from mlx_loop.checkpoints.loading import DEMOS
+from mlx_loop.generation.conversation import Conversation
 from mlx_loop.integrators import INTEGRATORS
+from mlx_loop.screens.chat_session import Chat
 from mlx_loop.screens.cli import main
+from mlx_loop.screens.terminal import Streamed
 
 CHAT = [sys.executable, "-m", "mlx_loop.screens.cli", "chat"]
 
@@ -125,6 +129,17 @@ def test_a_file_goes_before_the_next_message_only(tmp_path):
     assert "\n4821\n" in out
     asked = [m["content"] for m in json.loads(file.read_text())["messages"][::2]]
     assert asked == ["The code for amber is 4821.\n\nwhat is the code for amber?", "hello"]
+
+
+def test_a_question_that_is_stopped_before_its_answer_keeps_its_file(monkeypatch, capsys):
+    stopped = Streamed(stopped=True)
+    monkeypatch.setattr("mlx_loop.screens.chat_session.stream", lambda *_: stopped)
+    talk = Conversation(*mlx_loop.load("demo"))
+    chat = Chat(talk, "demo", {"prefill_step_size": 64})
+    chat._texts = ["a file"]
+    assert not chat.answer("what is in it?")
+    assert chat._texts == ["a file"]
+    assert "the question was not asked" in capsys.readouterr().out
 
 
 def test_every_setting_is_a_command_and_answers_change_while_it_runs():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pexpect
 import pytest
 
 from mlx_loop.checkpoints.loading import DEMOS
@@ -213,6 +215,16 @@ def test_an_answer_goes_on_from_its_first_words(tmp_path):
     goes_on[2] = " a story."
     assert run(*goes_on, "--prompt-cache-file", file).stdout.startswith("time there")
     assert "is empty" in error(*words, "--prefill-response", " ")
+
+
+@pytest.mark.parametrize("words", ["chat --lops 3", "generate -p x --top-p 0.5 --integrator eulr"])
+def test_an_error_wraps_at_words_on_a_terminal(words):
+    said = error(*words.split())
+    command = f"{sys.executable} -m mlx_loop.screens.cli {words}"
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    shown = pexpect.run(command, dimensions=(24, 60), encoding="utf-8", env=env)
+    assert shown.split() == said.split()
+    assert max(map(len, shown.splitlines())) <= 60
 
 
 def test_a_pipe_that_closes_early_is_no_error():

@@ -155,8 +155,8 @@ def _text(
     for name in RESERVED:
         if name in template:
             raise UserError(f"{name} in --chat-template-config is not the template's: leave it out")
-    goes_on = messages[-1]["role"] == "assistant"
     with foreseen("this model's chat template fails", TEMPLATE_SECONDS):
+        goes_on = messages[-1]["role"] == "assistant"
         return str(
             tokenizer.apply_chat_template(
                 [dict(message) for message in messages],

@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .. import several
-from ..errors import UserError
+from ..errors import UserError, suggestion
 from ..files import alone
 from ..models.looped import Looped
 from .drift import Drift, traced
@@ -41,9 +41,10 @@ def parse_tasks(text: str) -> tuple[list[str], list[str], list[str]]:
         elif ":" in name and FROM_FILES[split_name(name)[0]].unit == "%":
             files.append(name)
         else:
+            meant = suggestion(name, TASKS) or ":"
             raise UserError(
-                f"unknown task {name!r}: known are ruler, {', '.join(TASKS)}, {LM_EVAL}NAME for "
-                "the tasks of lm-evaluation-harness, questions:FILE, choices:FILE and "
+                f"unknown task {name!r}{meant} known are ruler, {', '.join(TASKS)}, {LM_EVAL}NAME "
+                "for the tasks of lm-evaluation-harness, questions:FILE, choices:FILE and "
                 "chat_choices:FILE"
             )
     if not ours and not theirs and not files:

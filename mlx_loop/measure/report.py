@@ -32,7 +32,7 @@ from .outcome import (
 )
 from .plots import draw_accuracy, draw_lengths, save
 from .provenance import runs_table, settings_table
-from .results import Row, key, parsed, read_rows
+from .results import Row, key, parsed, read_lines, read_rows
 from .study import DRIFT, EXAMPLES, RESULTS, RUNS, SECONDS
 from .tasks import FROM_FILES
 from .trace import VERDICTS, worst
@@ -152,9 +152,7 @@ def write(
     blocks += [Paragraph("Settings", 2), settings_table(scores.names, scores.settings)]
     header = [[name, to_json(value)] for name, value in scores.header.items()]
     blocks += [Paragraph("Configuration", 2), Table(["field", "value"], header, left=["value"])]
-    file = folder / RUNS
-    made = parsed(read_text(file) if file.exists() else "")
-    if runs := [run for run in made if isinstance(run, dict)]:
+    if runs := [run for run in read_lines(folder / RUNS) if isinstance(run, dict)]:
         blocks += [Paragraph("Runs", 2), runs_table(runs)]
     blocks += _answers(scores, folder)
     for name, text in (("report.md", markdown(blocks)), ("report.html", page(title, blocks))):
@@ -199,7 +197,7 @@ def _answers(scores: Scores, folder: Path) -> list[Block]:
 
 def _expected(path: Path) -> dict[Problem, str]:
     found: dict[Problem, str] = {}
-    for row in parsed(read_text(path) if path.exists() else ""):
+    for row in read_lines(path):
         with suppress(TypeError, KeyError):
             found[row["task"], row["length"], row["index"]] = ", ".join(row["answers"])
     return found

@@ -126,6 +126,15 @@ def parsed(text: str) -> Iterator[Any]:
             yield None
 
 
+def read_lines(path: Path) -> Iterator[Any]:
+    """The value of each whole line of a file; none where there is no file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return parsed(read_text(path) if path.exists() else "")
+
+
 def read_rows(path: Path, *numbers: str) -> list[Row]:
     """The lines of a file that have loop settings and these numbers, NaN too; none without a file.
 
@@ -134,7 +143,7 @@ def read_rows(path: Path, *numbers: str) -> list[Row]:
     """
     return [
         row
-        for row in parsed(read_text(path) if path.exists() else "")
+        for row in read_lines(path)
         if isinstance(row, dict)
         and isinstance(row.get("loop", 0), dict | None)
         and all(isinstance(row.get(n), float) or is_number(row.get(n)) for n in numbers)

@@ -61,14 +61,18 @@ class Chat(Session):
 
     def answer(self, text: str) -> bool:
         """Stream the answer to `text`, then one line of numbers."""
-        text, self._texts = "\n\n".join([*self._texts, text]), []
+        texts, self._texts = self._texts, []
+        text = "\n\n".join([*texts, text])
         with self._shown() as show:
             answer = stream(
                 lambda progress: self.conversation.reply(text, progress, **self.generation),
                 self.generation["prefill_step_size"],
                 show,
             )
-        if answer.stopped:
+        if answer.stopped and answer.last is None:
+            self._texts = texts
+            out.print("stopped before the answer: the question was not asked", style="yellow")
+        elif answer.stopped:
             out.print("stopped", style="yellow")
         if answer.last is not None:
             model, used = self.conversation.model, self.conversation.length

@@ -7,8 +7,10 @@ import argparse
 import io
 import logging
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -43,7 +45,8 @@ COMMANDS = (
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
+        line = f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)"
+        self.exit(USER_ERROR, f"{_wrapped(line)}\n")
 
     # argparse does not mind that a page cannot be written.
 
@@ -227,12 +230,20 @@ def _drop_output() -> None:
 def _complain(name: str, message: str) -> None:
     # All of several machines find the same mistake, and the first one says so.
     if several.is_first():
-        _say(f"{name}: error: {message}")
+        _say(_wrapped(f"{name}: error: {message}"))
 
 
 def _say(line: str) -> None:
     with suppress(OSError):  # Nobody is told, but the status is what it should be.
         print(line, file=sys.stderr)
+
+
+def _wrapped(line: str) -> str:
+    """The line, broken between words where a terminal would break it anyhow."""
+    if not sys.stderr.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

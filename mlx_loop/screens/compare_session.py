@@ -221,6 +221,9 @@ class Compare(Session):
             raise UserError("there is no prompt yet: type one first")
         self.answer(self._prompt)
 
+    # What it is called in a chat.
+    retry = Command(again.run)
+
     @command("FILE", "answer each line of a file")
     def prompts(self, argument: str) -> None:
         path = path_of(needed(argument, "/prompts questions.txt"))

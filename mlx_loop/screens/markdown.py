@@ -98,7 +98,6 @@ class Rendering:
         lines = self._open.split("\n")
         last, is_item = _last_part(PARSER.parse(self._open))
         with self._console:  # One write.
-            self._live.update("", refresh=True)
             self._print("\n".join(lines[:last]))
             self._gap = self._gap and not is_item
             self._open = "\n".join(lines[last:])
@@ -106,6 +105,8 @@ class Rendering:
 
     def _print(self, text: str) -> None:
         if text.strip():
+            # What is printed is no longer open.
+            self._live.update("", refresh=True)
             self._console.print(self._page(text))
             self._gap, self._titled = True, self._thinking
 

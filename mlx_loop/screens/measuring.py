@@ -61,9 +61,10 @@ def measuring() -> Iterator[tuple[Progress, Measure]]:
             seconds: Path | None = None,
         ) -> bool:
             nonlocal told
-            if not told:
-                lengths = [task.length(tokenizer, item) for item in task.items]
-                told = tell_of_length(views[0], max(lengths, default=0))
+            if not told and task.items:
+                # The longest in letters: to count the tokens of all would take its time.
+                longest = max(task.items, key=lambda item: len(str(item)))
+                told = tell_of_length(views[0], task.length(tokenizer, longest))
             total, done = extent(views, task, results)
             bar = bars.add_task(title, total=total, completed=done)
             try:
