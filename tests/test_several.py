@@ -5,17 +5,16 @@ from __future__ import annotations
 import http.client
 import io
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import pytest
 from conftest import make
+from tries import Tries
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
@@ -23,7 +22,7 @@ from mlx_loop.checkpoints.loading import split
 from mlx_loop.generation.prompt import render
 from mlx_loop.screens.cli import main
 
-HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="Metal does not survive a fork")
 # Run by each process: the largest difference to the whole model, by model.
 LOGITS = """
 import json, sys
@@ -72,19 +71,24 @@ def ports(count):
     return found
 
 
-def start(count, folder, *words, stdin=None):
-    """`count` processes in a ring, all started with the same words; `stdin` is of the first."""
+@pytest.fixture(scope="module")
+def tries():
+    with Tries() as running:
+        yield running
+
+
+@pytest.fixture
+def start(tries, tmp_path):
+    return partial(_start, tries, tmp_path)
+
+
+def _start(tries, folder, count, *words):
+    """`count` processes in a ring, all started with the same words."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(count)]))
-    places = os.pathsep.join([str(HERE), str(HERE.parent)])
     return [
-        subprocess.Popen(
-            [sys.executable, *words],
-            env={**os.environ, "PYTHONPATH": places, "MLX_RANK": str(rank), "MLX_HOSTFILE": hosts},
-            stdin=subprocess.DEVNULL if rank else stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        tries.start(
+            *words, cwd=folder, environment={"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
         )
         for rank in range(count)
     ]
@@ -116,9 +120,9 @@ def assert_ends(processes, command):
         (4, "qwen3 deepseek_v3/pipeline"),
     ],
 )
-def test_a_split_model_has_the_logits_of_the_whole(tmp_path, count, names):
+def test_a_split_model_has_the_logits_of_the_whole(start, count, names):
     names = names.split()
-    processes = start(count, tmp_path, "-c", LOGITS, *names)
+    processes = start(count, "-c", LOGITS, *names)
     (out, err), *_ = ended(processes)
     assert [process.returncode for process in processes] == [0] * count, err
     found = json.loads(out)
@@ -127,21 +131,14 @@ def test_a_split_model_has_the_logits_of_the_whole(tmp_path, count, names):
 
 
 @pytest.mark.parametrize("options", [[], ["--pipeline"]])
-def test_two_processes_give_the_answer_of_one_and_the_first_speaks(tmp_path, capsys, options):
+def test_two_processes_give_the_answer_of_one_and_the_first_speaks(start, capsys, options):
     words = ["generate", "--prompt", STORY, "--loops", "4", "--max-tokens", "20"]
     words += ["--model", "demo-mla"] if options else []
     assert main(words) == 0
-    first, second = ended(start(2, tmp_path, "-m", "mlx_loop", *words, *options))
+    first, second = ended(start(2, *words, *options))
     assert first[0] == capsys.readouterr().out
     assert "tokens/s" in first[1]
     assert second == ("", "")
-
-
-def test_a_process_that_is_killed_ends_the_other_with_one_line(tmp_path):
-    words = ["-m", "mlx_loop", "generate", "--prompt", STORY, "--loops", "60", "--max-tokens", "60"]
-    processes = start(2, tmp_path, *words)
-    assert processes[0].stdout.read(1) == "O"
-    assert_ends(processes, "generate")
 
 
 # --- Problems that machines share ---
@@ -150,23 +147,23 @@ SWEEP = "sweep --task demo --limit 12 --batch-size 2 --loops 2 --max-tokens 4".s
 EVALUATE = "evaluate --tasks niah_single_1 --lengths 384 --batch-size 1 --loops 2 --trace 1".split()
 
 
-def test_a_sweep_on_several_writes_the_file_that_one_writes(tmp_path, capsys):
+def test_a_sweep_on_several_writes_the_file_that_one_writes(start, tmp_path, capsys):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     assert main([*SWEEP, "--out", str(alone)]) == 0
     # The header and some of the results: another number of machines goes on.
     shared.write_text("".join(alone.read_text().splitlines(keepends=True)[:9]))
-    processes = start(4, tmp_path, "-m", "mlx_loop", *SWEEP, "--out", str(shared))
+    processes = start(2, *SWEEP, "--out", str(shared))
     (out, err), *others = ended(processes)
-    assert [process.returncode for process in processes] == [0] * 4, err
+    assert [process.returncode for process in processes] == [0, 0], err
     assert shared.read_bytes() == alone.read_bytes()
     assert out == capsys.readouterr().out
-    assert others == [("", "")] * 3
+    assert others == [("", "")]
 
 
-def test_an_evaluation_on_several_has_the_files_of_one(tmp_path, capsys):
+def test_an_evaluation_on_several_has_the_files_of_one(start, tmp_path, capsys):
     words = [*EVALUATE, "--limit", "2", "--out"]
     assert main([*words, str(tmp_path / "alone")]) == 0
-    processes = start(2, tmp_path, "-m", "mlx_loop", *words, str(tmp_path / "shared"))
+    processes = start(2, *words, str(tmp_path / "shared"))
     (out, err), _ = ended(processes)
     assert [process.returncode for process in processes] == [0, 0], err
     assert out == capsys.readouterr().out
@@ -176,23 +173,23 @@ def test_an_evaluation_on_several_has_the_files_of_one(tmp_path, capsys):
     assert (tmp_path / "shared" / "report.html").is_file()
 
 
-def test_what_one_of_several_cannot_measure_ends_all_of_them(tmp_path):
+def test_what_one_of_several_cannot_measure_ends_all_of_them(start, tmp_path):
     """The mistake is in a batch of the second, and the first one tells."""
     file = tmp_path / "mine.jsonl"
     question = {"messages": [{"role": "user", "content": "what is 12 + 30?"}], "answer": "42"}
     wrong = {**question, "messages": [{"role": "nobody", "content": {"no": "text"}}]}
     file.write_text("".join(json.dumps(q) + "\n" for q in (question, wrong)))
     words = ["sweep", "--task", str(file), "--batch-size", "1", "--out", str(tmp_path / "out")]
-    processes = start(2, tmp_path, "-m", "mlx_loop", *words)
+    processes = start(2, *words)
     (_, first), (_, second) = ended(processes)
     assert [process.returncode for process in processes] == [2, 2]
     assert first.count("\n") == 1
     assert second == ""
 
 
-def test_a_process_that_is_killed_ends_an_evaluation_with_one_line(tmp_path):
+def test_a_process_that_is_killed_ends_an_evaluation_with_one_line(start, tmp_path):
     out = tmp_path / "out"
-    processes = start(2, tmp_path, "-m", "mlx_loop", *EVALUATE, "--limit", "50", "--out", str(out))
+    processes = start(2, *EVALUATE, "--limit", "50", "--out", str(out))
     while not (out / "seconds.jsonl").exists():
         assert processes[0].poll() is None
         time.sleep(0.05)
@@ -202,8 +199,8 @@ def test_a_process_that_is_killed_ends_an_evaluation_with_one_line(tmp_path):
     assert all(map(json.loads, rows))
 
 
-def test_what_does_not_run_on_several_is_refused(tmp_path):
-    processes = start(2, tmp_path, "-m", "mlx_loop", "trace", "--prompt", "Hello")
+def test_what_does_not_run_on_several_is_refused(start):
+    processes = start(2, "trace", "--prompt", "Hello")
     (_, first), (_, second) = ended(processes)
     assert [process.returncode for process in processes] == [2, 2]
     assert "trace runs on one machine" in first
@@ -245,8 +242,8 @@ def said(connection):
     return body["choices"][0]["message"]["content"] if answer.status == 200 else body["error"]
 
 
-def test_a_server_on_several_answers_as_one_and_ends_with_one_line_where_one_is_killed(tmp_path):
-    processes = start(2, tmp_path, "-m", "mlx_loop", "serve", "--port", "0")
+def test_a_server_on_several_answers_as_one_and_ends_with_one_line_where_one_is_killed(start):
+    processes = start(2, "serve", "--port", "0")
     line = processes[0].stderr.readline()
     port = int(re.search(r"http://127\.0\.0\.1:(\d+)/v1", line)[1])
     model, tokenizer = mlx_loop.load("demo")
@@ -282,7 +279,7 @@ def without_numbers(text):
     return [line for line in text.splitlines() if "tokens/s" not in line]
 
 
-def test_a_chat_on_several_is_that_of_one(tmp_path, monkeypatch, capsys):
+def test_a_chat_on_several_is_that_of_one(start, tmp_path, monkeypatch, capsys):
     talk = tmp_path / "talk.json"
     note = tmp_path / "note.txt"
     note.write_text("Mia lives in Norwick.")
@@ -295,7 +292,7 @@ def test_a_chat_on_several_is_that_of_one(tmp_path, monkeypatch, capsys):
     assert main(words) == 2
     alone = capsys.readouterr()
     talk.unlink()
-    processes = start(2, tmp_path, "-m", "mlx_loop", *words, stdin=subprocess.PIPE)
+    processes = start(2, *words)
     (out, err), second = ended(processes, lines)
     assert without_numbers(out) == without_numbers(alone.out)
     assert err == alone.err
@@ -305,9 +302,9 @@ def test_a_chat_on_several_is_that_of_one(tmp_path, monkeypatch, capsys):
     assert len(json.loads(talk.read_text())["messages"]) == 4
 
 
-def test_ctrl_c_on_one_stops_all_at_the_same_token(tmp_path):
-    words = ["-m", "mlx_loop", "chat", "--loops", "40", "--max-tokens", "400"]
-    processes = start(2, tmp_path, *words, stdin=subprocess.PIPE)
+def test_ctrl_c_on_one_stops_all_at_the_same_token(start):
+    words = ["chat", "--loops", "40", "--max-tokens", "400"]
+    processes = start(2, *words)
     first = processes[0]
     first.stdin.write(f"{STORY}\n")
     first.stdin.flush()
@@ -319,9 +316,9 @@ def test_ctrl_c_on_one_stops_all_at_the_same_token(tmp_path):
     assert second == ("", "")
 
 
-def test_a_process_that_is_killed_ends_a_chat_with_one_line(tmp_path):
-    words = ["-m", "mlx_loop", "chat", "--loops", "60", "--max-tokens", "400"]
-    processes = start(2, tmp_path, *words, stdin=subprocess.PIPE)
+def test_a_process_that_is_killed_ends_a_chat_with_one_line(start):
+    words = ["chat", "--loops", "60", "--max-tokens", "400"]
+    processes = start(2, *words)
     processes[0].stdin.write(f"{STORY}\n")
     processes[0].stdin.flush()
     assert processes[0].stdout.read(1) == "O"

@@ -15,8 +15,11 @@ import sys
 import tempfile
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 LIMIT = 20.0  # seconds that a try may take
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e]")
@@ -74,8 +77,53 @@ class Tries:
     def __call__(self, *argv: object, stdin: bytes = b"", cwd: Path, limit: float = LIMIT) -> Try:
         words = list(map(str, argv))
         asked = [words, base64.b64encode(stdin).decode(), str(cwd), limit]
+        return Try(words, *self._ask("run", *asked))
+
+    def start(self, *argv: object, cwd: Path, environment: dict[str, str]) -> Running:
+        """One that runs beside the test."""
+        with tempfile.TemporaryDirectory() as folder:
+            pipes = [f"{folder}/{name}" for name in ("stdin", "stdout", "stderr")]
+            for pipe in pipes:
+                os.mkfifo(pipe)
+            number = self._ask("start", list(map(str, argv)), pipes, str(cwd), environment)
+            modes = zip(pipes, "wrr", strict=True)  # The other ends are opened in this order too.
+            return Running(self, number, *(open(pipe, mode) for pipe, mode in modes))
+
+    def _ask(self, *asked: object) -> Any:
         print(json.dumps(asked), file=self._program.stdin, flush=True)
-        return Try(words, *json.loads(self._program.stdout.readline()))
+        return json.loads(self._program.stdout.readline())
+
+
+class Running:
+    """What `subprocess.Popen` is, of one that was forked."""
+
+    def __init__(self, tries: Tries, number: int, *pipes: TextIO):
+        self._tries, self.pid = tries, number
+        self.stdin, self.stdout, self.stderr = pipes
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._tries._ask("poll", self.pid)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, text: str | None = None, timeout: float = LIMIT) -> tuple[str, str]:
+        end = time.monotonic() + timeout
+        with ThreadPoolExecutor(2) as readers:
+            said = [readers.submit(pipe.read) for pipe in (self.stdout, self.stderr)]
+            with suppress(BrokenPipeError), self.stdin:
+                self.stdin.write(text or "")
+            while self.poll() is None:
+                if time.monotonic() > end:
+                    self.send_signal(signal.SIGKILL)
+                    raise TimeoutError(f"{self.pid} does not end")
+                time.sleep(0.02)
+        for pipe in (self.stdout, self.stderr):
+            pipe.close()
+        return said[0].result(), said[1].result()
 
 
 def serve() -> None:
@@ -89,19 +137,38 @@ def serve() -> None:
     assert transformers.PreTrainedTokenizerFast  # It is imported when it is asked for.
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        argv, stdin, cwd, limit = json.loads(line)
-        files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
-        files[0].write(base64.b64decode(stdin))
-        files[0].seek(0)
-        child = os.fork()
-        if child == 0:
-            _be_the_command(cli.main, argv, files, cwd)
-        status = _wait(child, time.monotonic() + limit)
-        said = []
-        for file in files[1:]:
-            file.seek(0)
-            said.append(file.read().decode("utf-8", "surrogateescape"))
-        print(json.dumps([status, *said]), file=replies, flush=True)
+        what, *asked = json.loads(line)
+        reply = {"run": _run, "start": _start, "poll": _poll}[what](cli.main, *asked)
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+def _run(main, argv, stdin, cwd, limit):
+    files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
+    files[0].write(base64.b64decode(stdin))
+    files[0].seek(0)
+    child = os.fork()
+    if child == 0:
+        _be_the_command(main, argv, files, cwd)
+    status = _wait(child, time.monotonic() + limit)
+    said = []
+    for file in files[1:]:
+        file.seek(0)
+        said.append(file.read().decode("utf-8", "surrogateescape"))
+    return [status, *said]
+
+
+def _start(main, argv, pipes, cwd, environment):
+    child = os.fork()
+    if child == 0:
+        os.environ.update(environment)
+        files = [open(pipe, mode) for pipe, mode in zip(pipes, "rww", strict=True)]  # noqa: SIM115
+        _be_the_command(main, argv, files, cwd)
+    return child
+
+
+def _poll(main, child):
+    found, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
 
 
 def _be_the_command(main, argv, files, cwd):
@@ -115,7 +182,10 @@ def _be_the_command(main, argv, files, cwd):
             open(number, "r" if number == 0 else "w", closefd=False)  # noqa: SIM115
             for number in range(3)
         )
-        status = exec(argv[1], {}) if argv[0] == "-c" else main(argv)
+        # Where the one that forks was started by a shell with `&`, it ignores this.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = argv[:1] + argv[2:]
+        status = exec(argv[1], {}) if argv[:1] == ["-c"] else main(argv)
         sys.stdout.flush()
     except SystemExit as error:
         status = error.code
