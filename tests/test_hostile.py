@@ -727,6 +727,21 @@ def test_a_hangup_that_is_ignored_ends_nothing():
     assert (done.returncode, "tokens/s" in done.stderr) == (0, True), done
 
 
+def test_a_signal_while_the_program_itself_is_imported_is_no_trace():
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'mlx_loop.screens.cli':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import mlx_loop.__main__\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_an_end_by_signal_gives_the_screen_back():
     """`compare` draws on the alternate screen, without a cursor."""
     words = [*PROGRAM, "compare", "-p", "Tell me a story.", "--max-tokens", "2000"]
