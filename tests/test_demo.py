@@ -52,8 +52,8 @@ def share_right(model, tokenizer, questions):
 def test_naive_loops_destroy_what_damped_loops_keep(demo, questions):
     plain = share_right(*demo, questions)
     model, tokenizer = demo
-    naive = model.with_loop(LoopConfig(integrator="naive", loops=8, scope="block"))
-    anchored = model.with_loop(LoopConfig(integrator="anchored", loops=8, scope="block"))
+    naive = model.with_loop(LoopConfig(integrator="naive", loops=4, scope="block"))
+    anchored = model.with_loop(LoopConfig(integrator="anchored", loops=4, scope="block"))
     assert share_right(naive, tokenizer, questions) < plain - 0.2
     # Questions are few; the tables in docs/studies/results.md are the measurement.
     assert share_right(anchored, tokenizer, questions) > plain - 0.06

@@ -23,7 +23,7 @@ from mlx_loop.screens.cli import build_parser
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="Metal does not survive a fork")
 
 ASKED = os.environ.get("MLX_LOOP_TRIES")
-SECONDS = 1e9 if ASKED else 10  # of each kind
+SECONDS = 1e9 if ASKED else 6  # of each kind
 tried = settings(
     max_examples=int(ASKED or 12),
     deadline=None,

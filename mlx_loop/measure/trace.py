@@ -237,7 +237,12 @@ def trace(model: Looped, tokens: Sequence[int]) -> Trace:
     view = model.with_loop(model.loop)
     view.observer = lambda *loop: seen.append(loop)
     text = mx.array(list(tokens))[None]
-    mx.eval(view(text))
+    view(text)
+    # Pass by pass, so that Ctrl-C is heard in between; what is above the window is not needed.
+    for _, evaluations, out in seen:
+        for evaluation in evaluations:
+            mx.eval(evaluation)
+        mx.eval(out)
     loop = model.loop
     assert loop is not None
     changes = expert_changes(model, text) if model.anatomy.mixes_experts else {}
