@@ -717,6 +717,14 @@ def test_a_server_that_is_told_to_end_finishes_what_it_has_begun():
         client.get("/health")
 
 
+def test_a_connection_that_asks_nothing_keeps_no_server_alive():
+    process, client = started()
+    with socket.create_connection(("127.0.0.1", client.port)):
+        client.get("/health")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+
+
 def test_a_port_in_use_is_told_in_one_line(client):
     done = subprocess.run(
         [sys.executable, "-m", "mlx_loop", "serve", "--port", str(client.port)],

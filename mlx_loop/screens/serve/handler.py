@@ -77,6 +77,18 @@ class Handler(APIHandler):
 
     # --- Requests ---
 
+    def setup(self) -> None:
+        super().setup()
+        self.server.waiting.add(self.connection)  # type: ignore[attr-defined]
+
+    def parse_request(self) -> bool:
+        self.server.waiting.discard(self.connection)  # type: ignore[attr-defined]
+        return super().parse_request()
+
+    def finish(self) -> None:
+        self.server.waiting.discard(self.connection)  # type: ignore[attr-defined]
+        super().finish()
+
     def do_GET(self) -> None:
         path = _split(self.path).path
         if not self._is_welcome():

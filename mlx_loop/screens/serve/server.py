@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from http.server import ThreadingHTTPServer
 from typing import Any
@@ -42,6 +43,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, desk: Desk, address: tuple[str, int]):
         self.desk, self.comparisons = desk, Comparisons(desk.turns)
         self._places = threading.Semaphore(MOST_CONNECTIONS)
+        # Connections that have asked nothing yet, as browsers open them in advance.
+        self.waiting: set[socket.socket] = set()
         try:
             info = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             self.address_family = info[0][0]
@@ -77,6 +80,9 @@ class Server(ThreadingHTTPServer):
         log.debug("a connection has failed", exc_info=True)
 
     def server_close(self) -> None:
+        for connection in list(self.waiting):
+            with suppress(OSError):  # It has closed itself.
+                connection.shutdown(socket.SHUT_RDWR)
         super().server_close()
         self._end()
 
