@@ -90,15 +90,15 @@ def read_text(path: Path) -> str:
             end, and cannot be read again.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"cannot read {path}: it is not a file")
-        return path.read_bytes().decode("utf-8")
-    except UserError:
-        raise
+        is_other = path.exists() and not path.is_file()
+        text = "" if is_other else path.read_bytes().decode("utf-8")
     except (OSError, ValueError) as error:
         # Python names the file once more.
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}") from error
+    if is_other:
+        raise UserError(f"cannot read {path}: it is not a file")
+    return text
 
 
 def read_stdin() -> str:

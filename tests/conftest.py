@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_map
+from tries import shared
 
 from mlx_loop import LoopConfig
 from mlx_loop.models import get_classes
@@ -147,3 +148,9 @@ def relative_error(found, expected):
     """Largest absolute difference over largest absolute value, in float32."""
     found, expected = (np.array(mx.array(x).astype(mx.float32)) for x in (found, expected))
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.fixture(scope="session")
+def tries():
+    """Tries of commands."""
+    return shared()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pexpect
 import pytest
-from tries import Tries, Try
+from tries import Try, shared
 
 from mlx_loop.checkpoints.loading import DEMOS
 from mlx_loop.screens.cli import COMMANDS, build_parser, main
@@ -21,21 +19,14 @@ GOLDEN = Path(__file__).parent / "data" / "golden" / "models"
 PROMPT = ["--prompt", "What is 12 + 30?"]
 
 
-@cache
-def program():
-    """Starts `mlx_loop` as a process of its own, without importing everything again."""
-    running = Tries().__enter__()
-    atexit.register(running.__exit__)
-    return running
-
-
 def run(*args, stdin="", status=0):
+    """Run `mlx_loop` as a process of its own."""
     if sys.platform == "darwin":  # Metal does not survive a fork.
         words = [sys.executable, "-m", "mlx_loop.screens.cli", *map(str, args)]
         found = subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=120)
         done = Try(words, found.returncode, found.stdout, found.stderr)
     else:
-        done = program()(*args, stdin=stdin.encode(), cwd=Path.cwd(), limit=120)
+        done = shared()(*args, stdin=stdin.encode(), cwd=Path.cwd(), limit=120)
     assert done.status == status, done.err
     assert "Traceback" not in done.err
     return done

@@ -15,7 +15,6 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tries import Tries
 
 from mlx_loop.checkpoints.loading import DEMOS
 from mlx_loop.screens.cli import build_parser
@@ -31,12 +30,6 @@ tried = settings(
     derandomize=not ASKED,
     suppress_health_check=list(HealthCheck),
 )
-
-
-@pytest.fixture(scope="module")
-def tries():
-    with Tries() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from functools import partial
 
 import pytest
 from conftest import make
-from tries import Tries
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
@@ -69,12 +68,6 @@ def ports(count):
     for s in sockets:
         s.close()
     return found
-
-
-@pytest.fixture(scope="module")
-def tries():
-    with Tries() as running:
-        yield running
 
 
 @pytest.fixture

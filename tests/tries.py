@@ -5,6 +5,7 @@ A fork of a process in which MLX has computed hangs, so the one that forks is a 
 
 from __future__ import annotations
 
+import atexit
 import base64
 import json
 import os
@@ -18,6 +19,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -92,6 +94,14 @@ class Tries:
     def _ask(self, *asked: object) -> Any:
         print(json.dumps(asked), file=self._program.stdin, flush=True)
         return json.loads(self._program.stdout.readline())
+
+
+@cache
+def shared() -> Tries:
+    """The one of this test process, because importing all takes seconds."""
+    running = Tries().__enter__()
+    atexit.register(running.__exit__)
+    return running
 
 
 class Running:

@@ -333,7 +333,14 @@ def _number(model: Looped, *names: str) -> int:
 
 def trained_length(model: Looped) -> int:
     """Tokens of the longest context that a model was trained on; 0: it does not say."""
-    return _number(model, "max_position_embeddings")
+    name = "max_position_embeddings"
+    # Not every type of mlx-lm's keeps it among its arguments.
+    config = model.checkpoint.config if model.checkpoint is not None else {}
+    for values in (config, config.get("text_config")):
+        found = values.get(name) if isinstance(values, Mapping) else None
+        if type(found) is int and found > 0:
+            return found
+    return _number(model, name)
 
 
 def usable(ram: int) -> int:

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ... import several
 from ...errors import UserError
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 def open_desk(args: argparse.Namespace) -> Desk:
     """What serves as the options ask for."""
-    from ...checkpoints.memory import limit, weights_bytes
+    from ...checkpoints.memory import limit, trained_length, weights_bytes
     from ...generation.prompt import check_prompt
     from ...generation.speculative import NUM_DRAFT_TOKENS
     from ..serve.desk import Desk
@@ -112,7 +112,7 @@ def open_desk(args: argparse.Namespace) -> Desk:
         api_key=args.api_key or os.environ.get(KEY) or None,
         allowed_origins=args.allowed_origins or [],
         loop_names=_listed(names, args.loop_names),
-        max_context=args.max_context or _own_limit(model),
+        max_context=args.max_context or trained_length(model) or 1 << 20,
         max_request_bytes=args.max_request_bytes,
         draft=args.draft,
         # What follows has the names of mlx-lm's server.
@@ -151,12 +151,6 @@ def _listed(names: Names, given: list[str] | None) -> list[str]:
             if given is not None:
                 raise
     return found
-
-
-def _own_limit(model: Any) -> int:
-    config = model.checkpoint.config
-    inner = config.get("text_config") or {}
-    return config.get("max_position_embeddings") or inner.get("max_position_embeddings") or 1 << 20
 
 
 def _words(between: str) -> Callable[[str], list[str]]:

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from queue import Empty, Queue
-from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -18,8 +17,8 @@ from ...checkpoints.memory import Footprint
 from ...errors import UserError
 from ...generation.prompt import render
 from ...generation.sampling import Sampler
-from ...measure.comparison import Answer, compare
-from ...measure.trace import trace
+from ...measure.comparison import Answer, compare, distinct
+from ...measure.trace import middle, trace
 from ...models.looped import Looped
 from ..board import answer_report
 from .desk import Desk
@@ -111,7 +110,7 @@ def _drift(view: Looped, prompt: list[int]) -> Event:
                 "layers": [loop.layers[0], loop.layers[-1] + 1],
                 "verdict": loop.verdict,
                 "reason": loop.reason,
-                "residual": [median(p.residual) for p in loop.passes],
+                "residual": [middle(p.residual) for p in loop.passes],
             }
             for loop in found.loops
         ],
@@ -142,19 +141,11 @@ def asked(desk: Desk, body: dict[str, Any]) -> Comparison:
         raise UserError("max_tokens must be a whole number from 1 up, seed one from 0 to 2^31")
     if not isinstance(heat, int | float) or not 0 <= heat <= 10:
         raise UserError("temperature must be a number from 0 to 10")
-    views = [desk.names.view(desk.names.name).with_loop(None)]
-    columns = []
-    for text in settings:
-        view = desk.names.view(f"{desk.names.name}:{text.strip().replace(' ', ',')}")
-        same = (
-            i
-            for i, other in enumerate(views)
-            if (other.is_unlooped and view.is_unlooped) or other.loop == view.loop
-        )
-        number = next(same, len(views))
-        if number == len(views):
-            views.append(view)
-        columns.append(number)
+    name = desk.names.name
+    wanted = [desk.names.view(f"{name}:{text.strip().replace(' ', ',')}") for text in settings]
+    loops = [None if view.is_unlooped else view.loop for view in wanted]
+    views = distinct(desk.names.view(name), loops)
+    columns = [[view.loop for view in views].index(loop) for loop in loops]
     tokens = render(desk.tokenizer, [{"role": "user", "content": prompt}])
     most = desk.cli_args.max_context
     if len(tokens) >= most:

@@ -16,7 +16,7 @@ from email.message import Message
 from http import HTTPStatus
 from importlib.resources import files
 from ipaddress import ip_address
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from mlx_lm.server import (
@@ -36,6 +36,9 @@ from ...upstream_server import Batch
 from . import checks
 from .comparing import MOST_COMPARISONS, Comparisons, asked
 from .desk import Busy, Desk
+
+if TYPE_CHECKING:
+    from .server import Server
 
 log = logging.getLogger("mlx_loop.serve")
 
@@ -64,6 +67,7 @@ class Handler(APIHandler):
 
     # Of the socket, in seconds: who sends or reads nothing for so long is gone.
     timeout = 60
+    server: Server
 
     def __init__(self, desk: Desk, comparisons: Comparisons, *args: Any, **kwargs: Any):
         self.desk, self.comparisons = desk, comparisons
@@ -79,14 +83,14 @@ class Handler(APIHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.server.waiting.add(self.connection)  # type: ignore[attr-defined]
+        self.server.waiting.add(self.connection)
 
     def parse_request(self) -> bool:
-        self.server.waiting.discard(self.connection)  # type: ignore[attr-defined]
+        self.server.waiting.discard(self.connection)
         return super().parse_request()
 
     def finish(self) -> None:
-        self.server.waiting.discard(self.connection)  # type: ignore[attr-defined]
+        self.server.waiting.discard(self.connection)
         super().finish()
 
     def do_GET(self) -> None:
