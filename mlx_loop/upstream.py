@@ -6,6 +6,7 @@ has is told in one line, when it is asked for here.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -128,6 +129,18 @@ def one_step_back(cache: caches.RotatingKVCache | caches.BatchRotatingKVCache) -
     cache.trim(1)
     if isinstance(cache, caches.BatchRotatingKVCache) and cache.rotated:
         cache.left_padding = cache.left_padding + 1
+
+
+def rows_before(cache: caches.BatchKVCache, rows: mx.array, length: int) -> caches.BatchKVCache:
+    """Copies of some rows, as they were before the last `length` tokens; `cache` stays as it is.
+
+    mlx-lm's own `filter` looks at numbers, for which it waits for the device.
+    """
+    some = copy.copy(cache)
+    some.keys, some.values = (array[rows] for array in cache.keys_and_values())
+    some.offset, some.left_padding = cache.offset[rows], cache.left_padding[rows]
+    some.trim(length)
+    return some
 
 
 def snapshot(cache: Any) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Layer:
         feeds: arguments that are another result of an earlier layer, as (layer, place in tuple).
         entries: numbers of the cache entries that it uses.
         routers: paths from the layer to the routers of its experts.
+        is_plain: whether it gets no other array than state and mask, and returns the state alone.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class Layer:
     feeds: Mapping[int | str, tuple[int, int]]
     entries: tuple[int, ...]
     routers: tuple[Path, ...]
+    is_plain: bool
 
 
 @dataclass(frozen=True)
@@ -262,14 +264,19 @@ def _layer(
             if is_new and isinstance(value, mx.array) and value.shape == stream(found).shape:
                 raise _cannot(model, "its layers hand on more than the residual stream")
     used = [numbers[id(value)] for value in arguments.values() if id(value) in numbers]
+    state = _state(model, calls, i)
+    mask = next((name for name, value in arguments.items() if _is_mask(value)), None)
+    others = [value for name, value in arguments.items() if name not in (state, mask)]
     return Layer(
         path=path,
-        state=_state(model, calls, i),
-        mask=next((name for name, value in arguments.items() if _is_mask(value)), None),
+        state=state,
+        mask=mask,
         results=1 if isinstance(found, mx.array) else len(found),
         feeds=feeds,
         entries=tuple(used),
         routers=tuple(_routers(model.layers[i])),
+        is_plain=isinstance(found, mx.array)
+        and not any(isinstance(value, mx.array | tuple | list) for value in others),
     )
 
 

@@ -7,13 +7,12 @@ somebody reads it, so decoding never waits.
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..settings import Guard, ResolvedLoop
-from .integrate import Between, Pass, integrate
+from .integrate import Pass, Steps, follow, steps
 
 
 def integrate_guarded(
@@ -29,10 +28,23 @@ def integrate_guarded(
         The state that leaves the loop, as `integrate`; and where the guard fired,
         (batch, length, 1), bool.
     """
-    ends = _Ends(g)
-    out = integrate(ends, x0, loop)
-    x, gx = ends.last
-    return _guarded(_squares(guard), out, ends.first, x, gx, x0)
+    guarded: tuple[mx.array, mx.array] = follow(g, guarded_steps(x0, loop, guard))
+    return guarded
+
+
+def guarded_steps(x0: mx.array, loop: ResolvedLoop, guard: Guard) -> Steps:
+    """`integrate_guarded`, of which somebody else makes the evaluations; returns the same two."""
+    loop_steps = steps(x0, loop)
+    x, between = next(loop_steps)
+    first: mx.array | None = None
+    while True:
+        gx = yield x, between
+        first = gx if first is None else first
+        last = x, gx
+        try:
+            x, between = loop_steps.send(gx)
+        except StopIteration as end:
+            return _guarded(_squares(guard), end.value, first, *last, x0)
 
 
 class Count:
@@ -62,21 +74,6 @@ class Count:
 
     def _start(self) -> None:
         self._fired, self._loops = mx.array(0), 0
-
-
-class _Ends:
-    """g, with the first and the latest evaluation kept."""
-
-    def __init__(self, g: Pass):
-        self._g = g
-        self.first: Any = None
-        self.last: Any = None
-
-    def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:
-        gx = self._g(x, between)
-        self.first = gx if self.first is None else self.first
-        self.last = x, gx
-        return gx
 
 
 # Squares are compared: one reduction for each norm and no root.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -13,6 +13,9 @@ from .kernels import Anderson, Form, Rescale, combine, update
 from .plan import Combination, input_of, is_linear, output_of, plan
 
 Between = Callable[[int, mx.array], mx.array]
+
+Steps = Generator[tuple[mx.array, Between | None], mx.array, Any]
+"""A loop under way: it asks for evaluations (x, between) of g, is sent g(x), and returns."""
 
 
 class Pass(Protocol):
@@ -32,25 +35,41 @@ def integrate(g: Pass, x0: mx.array, loop: ResolvedLoop) -> mx.array:
         g: one pass over the window. Its first call is the natural pass, g(x0).
         x0: (batch, length, hidden), the residual stream that enters the window.
     """
+    out: mx.array = follow(g, steps(x0, loop))
+    return out
+
+
+def steps(x0: mx.array, loop: ResolvedLoop) -> Steps:
+    """`integrate`, of which somebody else makes the evaluations; returns the state."""
     run = linear if is_linear(loop) else NONLINEAR[loop.integrator]
-    return run(Step(g, x0, loop), x0, loop)
+    return run(Step(x0, loop), x0, loop)
+
+
+def follow(g: Pass, steps: Steps) -> Any:
+    """Make the evaluations that a loop asks for; what it returns."""
+    try:
+        x, between = next(steps)
+        while True:
+            x, between = steps.send(g(x) if between is None else g(x, between))
+    except StopIteration as end:
+        return end.value
 
 
 class Step:
-    """The two things that an integrator does: evaluate g, and form states by one update each.
+    """The two things that an integrator does: ask for g, and form states by one update each.
 
     Where an iterate's norm is set, it lies between |x0| and |g(x0)|, token by token. The first
     update that needs these two measures them in its own pass over the states.
     """
 
-    def __init__(self, g: Pass, x0: mx.array, loop: ResolvedLoop):
-        self._g, self._x0, self._loop = g, x0, loop
+    def __init__(self, x0: mx.array, loop: ResolvedLoop):
+        self._x0, self._loop = x0, loop
         self._natural: mx.array | None = None
         self._ends: mx.array | None = None
 
-    def g(self, x: mx.array, between: Between | None = None) -> mx.array:
+    def g(self, x: mx.array, between: Between | None = None) -> Steps:
         """One pass."""
-        out = self._g(x) if between is None else self._g(x, between)
+        out = yield x, between
         if self._natural is None:
             self._natural = out
         return out
@@ -78,7 +97,7 @@ class Step:
         return k / self._loop.loops
 
 
-def linear(step: Step, x0: mx.array, loop: ResolvedLoop) -> mx.array:
+def linear(step: Step, x0: mx.array, loop: ResolvedLoop) -> Steps:
     """The step of any tableau."""
     todo = plan(loop)
     states: dict[int, mx.array] = {input_of(0): x0}
@@ -92,11 +111,11 @@ def linear(step: Step, x0: mx.array, loop: ResolvedLoop) -> mx.array:
         if i:
             k, intermediate = divmod(i, todo.stages_per_loop)
             states[input_of(i)] = formed(stage, None if intermediate else k)
-        states[output_of(i)] = step.g(states[input_of(i)])
+        states[output_of(i)] = yield from step.g(states[input_of(i)])
     return formed(todo.out, len(todo.stages) // todo.stages_per_loop)
 
 
-def anderson(step: Step, x0: mx.array, loop: ResolvedLoop) -> mx.array:
+def anderson(step: Step, x0: mx.array, loop: ResolvedLoop) -> Steps:
     """Anderson acceleration of x <- g(x) over the last `memory` differences (`kernels.Anderson`).
 
     Each token on its own: no token sees a later one. Walker, Ni 2011.
@@ -104,15 +123,15 @@ def anderson(step: Step, x0: mx.array, loop: ResolvedLoop) -> mx.array:
     memory, damping = loop.memory, loop.damping
     assert memory is not None
     assert damping is not None
-    pairs = [x0, step.g(x0)]
+    pairs = [x0, (yield from step.g(x0))]
     x = step.form(1, (1 - damping, damping), pairs)
     for k in range(2, loop.loops + 1):
-        pairs = [x, step.g(x), *pairs][: 2 * (memory + 1)]
+        pairs = [x, (yield from step.g(x)), *pairs][: 2 * (memory + 1)]
         x = step.form(k, Anderson(damping), pairs)
     return x
 
 
-def aitken(step: Step, x0: mx.array, loop: ResolvedLoop) -> mx.array:
+def aitken(step: Step, x0: mx.array, loop: ResolvedLoop) -> Steps:
     """Aitken's delta-squared in each coordinate, `x <- x - d1^2 / d2`, K / 2 times.
 
     d1 = g(x) - x and d2 = g(g(x)) - 2 g(x) + x. No coordinate moves further than the naive step
@@ -120,12 +139,13 @@ def aitken(step: Step, x0: mx.array, loop: ResolvedLoop) -> mx.array:
     """
     x = x0
     for k in range(2, loop.loops + 1, 2):
-        g1 = step.g(x)
-        x = step.form(k, "aitken", (x, g1, step.g(g1)))
+        g1 = yield from step.g(x)
+        g2 = yield from step.g(g1)
+        x = step.form(k, "aitken", (x, g1, g2))
     return x
 
 
-def uniform(step: Step, x0: mx.array, loop: ResolvedLoop) -> mx.array:
+def uniform(step: Step, x0: mx.array, loop: ResolvedLoop) -> Steps:
     """At each layer the mean of its outputs over the passes so far goes on to the next. [TFL]."""
     means: dict[int, mx.array] = {}
     x = x0
@@ -136,7 +156,8 @@ def uniform(step: Step, x0: mx.array, loop: ResolvedLoop) -> mx.array:
             means[layer] = combine((1 - 1 / k, 1 / k), (before, h))
             return means[layer]
 
-        x = step.form(k, (1.0,), (step.g(x, mean),))
+        gx = yield from step.g(x, mean)
+        x = step.form(k, (1.0,), (gx,))
     return x
 
 

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..settings import ResolvedLoop
 from ..upstream import BaseCache
-from .anatomy import Arguments, apply, bind, stream, with_stream
+from .anatomy import Arguments, Layer, apply, bind, stream, with_stream
 from .guard import Count, integrate_guarded
 from .integrate import Between, integrate
 from .plan import is_natural, passes
@@ -188,17 +188,8 @@ class _Window:
 
     def _evaluate(self, x: mx.array, between: Between | None = None) -> list[Any]:
         """What the layers return in an evaluation after the natural one."""
-        results: list[Any] = []
-        for n, (layer, where) in enumerate(zip(self._layers, self._where, strict=True)):
-            arguments = self._seen(self._calls[n], n) | {where.state: x}
-            for name, (source, place) in where.feeds.items():
-                if source in self._part:
-                    arguments[name] = results[source - self._part.start][place]
-            results.append(apply(layer, arguments))
-            x = stream(results[-1])
-            if between is not None:
-                x = between(n, x)
-        return results
+        seen = [self._seen(arguments, n) for n, arguments in enumerate(self._calls)]
+        return one_pass(self._part, self._layers, self._where, seen, x, between)
 
     def _seen(self, arguments: Arguments, n: int) -> Arguments:
         """A layer's arguments with the caches and the mask of the present evaluation."""
@@ -225,6 +216,32 @@ class _Window:
         for self._evaluation in range(1, count):
             for n, layer in enumerate(self._layers):
                 apply(layer, self._seen(self._calls[n], n))
+
+
+def one_pass(
+    part: range,
+    layers: Sequence[Any],
+    where: Sequence[Layer],
+    calls: Sequence[Arguments],
+    x: mx.array,
+    between: Between | None = None,
+) -> list[Any]:
+    """What the layers of a part return, of the state x.
+
+    Args:
+        calls: what each is called with, but for the state and what layers of the part hand on.
+    """
+    results: list[Any] = []
+    for n, (layer, place) in enumerate(zip(layers, where, strict=True)):
+        arguments = calls[n] | {place.state: x}
+        for name, (source, number) in place.feeds.items():
+            if source in part:
+                arguments[name] = results[source - part.start][number]
+        results.append(apply(layer, arguments))
+        x = stream(results[-1])
+        if between is not None:
+            x = between(n, x)
+    return results
 
 
 class _Watched:

@@ -31,9 +31,12 @@ class Frozen:
         self._asked = {path: _Asked(at(layer, path)) for path in where.routers}
         self.natural = with_layers(layer, self._asked)
 
-    def later(self) -> nn.Module:
-        """The layer for later passes over the same tokens."""
-        answers = {path: _Answer(asked.answer.said) for path, asked in self._asked.items()}
+    def later(self, rows: mx.array | None = None) -> nn.Module:
+        """The layer for later passes over the same tokens, or those of some rows of a batch."""
+        answers = {
+            path: _Answer(asked.answer.said if rows is None else _rows(asked.answer.said, rows))
+            for path, asked in self._asked.items()
+        }
         return with_layers(self._layer, answers)
 
     @staticmethod
@@ -79,6 +82,10 @@ class _Answer(nn.Module):
 
     def __call__(self, *args: Any) -> Any:
         return tuple(self.said) if self.is_tuple else self.said
+
+
+def _rows(answer: Any, rows: mx.array) -> Any:
+    return tuple(part[rows] for part in answer) if isinstance(answer, tuple) else answer[rows]
 
 
 def _concatenated(answers: Sequence[Any]) -> Any:
