@@ -6,9 +6,13 @@ test for each assumption.
 
 from __future__ import annotations
 
+import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -44,6 +48,16 @@ server._make_logits_processors = _processors
 _END = "end"
 
 
+@dataclass(eq=False)
+class _OneOfSeveral(server.ModelDescription):
+    """A model that may share a batch with others: mlx-lm asks whether it is the batch's own."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _OneOfSeveral)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class Batch(server.ResponseGenerator):
     """mlx-lm's queue of requests and the thread that serves them.
 
@@ -52,6 +66,7 @@ class Batch(server.ResponseGenerator):
 
     Attributes:
         lost: what MLX said where another machine has gone; the thread has ended then.
+        shared: whether it takes requests to any model.
 
     Args:
         provider: of models, by name.
@@ -63,6 +78,8 @@ class Batch(server.ResponseGenerator):
         batches: whether requests to the model of a name can be in a batch.
         whole: whether its prompts are processed in one piece, rather than cut where their caches
             are worth keeping.
+        is_full: for a batch that takes requests to any model, whether it can hold no more of
+            them; None: a batch for one model at a time.
     """
 
     lost: RuntimeError | None = None
@@ -76,12 +93,21 @@ class Batch(server.ResponseGenerator):
         stream: Callable[..., Stream],
         batches: Callable[[str], bool],
         whole: Callable[[str], bool],
+        is_full: Callable[[], bool] | None,
     ):
         self._turns, self._admit, self._alone_stream = turns, admit, stream
-        self._batches, self._whole = batches, whole
+        self._batches, self._whole, self._is_full = batches, whole, is_full
+        self.shared = is_full is not None
         # The thread starts here, and asks for its budget of time after its first request.
         super().__init__(provider, kept)
         self._time_budget = _OneStep(turns)  # type: ignore[assignment]
+        if self.shared:
+            self.requests = _ByModel()
+
+    def generate(self, request: Any, generation_args: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.shared:
+            generation_args.model = _OneOfSeveral(**vars(generation_args.model))
+        return super().generate(request, generation_args, *args, **kwargs)
 
     def _generate(self) -> None:
         try:
@@ -95,6 +121,10 @@ class Batch(server.ResponseGenerator):
             mx.clear_streams()
 
     def _next_request(self, timeout: float | None = None) -> Any:
+        if self._is_full is not None and self._is_full():
+            # Those that wait here are taken in turn; in the batch's own queue they would not be.
+            time.sleep(timeout or 0)
+            return None
         request = super()._next_request(timeout)
         if request is None or request[1] != _END:
             return request
@@ -139,17 +169,17 @@ class Batch(server.ResponseGenerator):
     def _serve_single(self, request: Any, stream: Any) -> None:
         _alone.stream = self._alone_stream
         if self._is_distributed:
-            queue = _Queue(request[0])
-            _alone.stream, request = partial(self._until_gone, queue), (queue, *request[1:])
+            asker = _Queue(request[0])
+            _alone.stream, request = partial(self._until_gone, asker), (asker, *request[1:])
         with self._turns:
             super()._serve_single(request, stream)
 
-    def _until_gone(self, queue: _Queue, **kwargs: Any) -> Stream:
+    def _until_gone(self, asker: _Queue, **kwargs: Any) -> Stream:
         """The answer, which all machines end at the same token where nobody reads it any more."""
         with closing(self._alone_stream(**kwargs)) as answer:
             for response in answer:
                 yield response
-                if self._share_object(queue.gone or None):
+                if self._share_object(asker.gone or None):
                     return
 
 
@@ -166,6 +196,28 @@ class _Queue:
 
     def _stop(self) -> None:
         self.gone = True
+
+
+class _ByModel(queue.Queue[Any]):
+    """Requests, of those to each model in turn."""
+
+    def _init(self, maxsize: int) -> None:
+        self._waiting: dict[str, deque[Any]] = {}
+
+    def _qsize(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def _put(self, item: Any) -> None:
+        _, _, args = item
+        self._waiting.setdefault(args.model.model, deque()).append(item)
+
+    def _get(self) -> Any:
+        model = next(iter(self._waiting))
+        requests = self._waiting.pop(model)
+        item = requests.popleft()
+        if requests:
+            self._waiting[model] = requests
+        return item
 
 
 class _OneStep:

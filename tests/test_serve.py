@@ -20,6 +20,7 @@ import pytest
 import mlx_loop
 from mlx_loop import LoopConfig
 from mlx_loop.generation.prompt import render
+from mlx_loop.models.mixed import Mixed
 from mlx_loop.screens.cli import build_parser
 from mlx_loop.screens.commands import serve as command
 from mlx_loop.screens.serve import checks
@@ -210,13 +211,13 @@ def test_a_name_that_cannot_be_understood_is_refused(client, name, said):
 
 def test_a_setting_that_nobody_asks_makes_room_for_another(client):
     for loops in range(2, 4 + MOST_SETTINGS):
-        assert client.chat(f"demo:loops={loops},window=5:6")
+        assert client.chat(f"demo:loops={loops},window=5:6,cache=last", max_tokens=2)
     assert len(client.server.desk._settings) == MOST_SETTINGS
 
 
 def test_no_caches_cross_settings(loaded):
     with running() as client:
-        for name in ("demo", "demo:cache=own", "demo:loops=1"):
+        for name in ("demo", "demo:loops=2", "demo:cache=own", "demo:loops=1"):
             first = client.post({"model": name, "messages": STORY, "max_tokens": 8})[1]
             again = client.post({"model": name, "messages": STORY, "max_tokens": 8})[1]
             cached = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in (first, again)]
@@ -264,6 +265,36 @@ def test_settings_take_turns(client):
     with ThreadPoolExecutor(len(names)) as pool:
         list(pool.map(read, names))
     assert max(began.values()) < min(ended.values())
+
+
+def test_no_setting_waits_for_the_queue_of_another():
+    with running("--decode-concurrency", "2") as client, ThreadPoolExecutor(9) as pool:
+        ended = {}
+
+        def ask(number, name, tokens):
+            client.chat(name, STORY, max_tokens=tokens)
+            ended[number] = time.monotonic()
+
+        queue = [pool.submit(ask, n, "demo:loops=3", 40) for n in range(8)]
+        until(lambda: client.server.desk._settings and not client.is_idle())
+        pool.submit(ask, "other", "demo:loops=2", 5).result()
+        for each in queue:
+            each.result()
+    assert sum(when < ended["other"] for when in ended.values()) <= 4
+
+
+def test_settings_at_once_are_one_batch(client, monkeypatch):
+    names = [f"demo:loops={loops}" for loops in (1, 2, 3)]
+    sizes, call = set(), Mixed.__call__
+
+    def watched(self, tokens, cache):
+        sizes.add((len(tokens), len(set(cache[-1].rows))))
+        return call(self, tokens, cache)
+
+    monkeypatch.setattr(Mixed, "__call__", watched)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda name: client.chat(name, STORY, max_tokens=60), names))
+    assert (3, 3) in sizes
 
 
 def test_a_client_that_goes_away_frees_its_work(client):

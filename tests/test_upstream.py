@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import re
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,7 @@ from mlx_lm.generate import (
     speculative_generate_step,
 )
 from mlx_lm.models import cache as caches
-from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.models.cache import KVCache, LRUPromptCache
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from transformers import PreTrainedTokenizerBase
 from zoo import build
@@ -106,6 +107,24 @@ def test_one_step_back_undoes_one_token(cache, before):
     for name, value in vars(expected).items():
         same = mx.array_equal if isinstance(value, mx.array) else lambda a, b: a == b
         assert same(getattr(found, name), value), name
+
+
+def test_rows_of_a_batch_are_those_of_filter_and_the_batch_stays(model):
+    caches = [model.new_cache()[0] for _ in range(3)]
+    for n, entry in enumerate(caches):
+        entry.update_and_fetch(*mx.random.normal((2, 1, 2, 3 + n, 8)))
+    whole = caches[0].merge(caches)
+    before = [mx.array(array) for array in whole.state[:4]]
+    some = upstream.rows_before(whole, mx.array([2, 0]), 1)
+    expected = copy.deepcopy(whole)
+    expected.filter([2, 0])
+    expected.trim(1)
+    new = mx.random.normal((2, 2, 2, 1, 8))
+    pairs = zip(some.update_and_fetch(*new), expected.update_and_fetch(*new), strict=True)
+    assert all(mx.array_equal(a, b) for a, b in pairs)
+    assert some.offset.tolist() == expected.offset.tolist()
+    assert some.left_padding.tolist() == expected.left_padding.tolist()
+    assert all(mx.array_equal(a, b) for a, b in zip(whole.state[:4], before, strict=True))
 
 
 def test_a_snapshot_is_not_harmed_by_later_writes_and_copies_nothing():
@@ -271,7 +290,7 @@ def asked(batch, **changes):
 
 
 @contextmanager
-def serving(batches, admit=lambda request, args, tokens: None, stream=None, turns=None):
+def serving(batches, admit=lambda *_: None, stream=None, turns=None, is_full=None):
     batch = upstream_server.Batch(
         OneModel(batches),
         LRUPromptCache(),
@@ -280,6 +299,7 @@ def serving(batches, admit=lambda request, args, tokens: None, stream=None, turn
         stream,
         batches=lambda name: batches,
         whole=lambda name: True,
+        is_full=is_full,
     )
     try:
         yield batch
@@ -333,6 +353,31 @@ def test_a_request_alone_is_answered_by_the_given_stream():
         *("prompt_cache", "draft_model", "num_draft_tokens", "input_embeddings", "kv_bits"),
         *("prompt_progress_callback", "prefill_step_size", "kv_group_size", "quantized_kv_start"),
     }
+
+
+def test_a_shared_batch_makes_the_cache_of_a_request_after_admitting_it():
+    # _generate: the model that it compares, and the order of _tokenize and make_cache
+    events = []
+
+    def admit(request, args, tokens):
+        events.append(args.model.model)
+
+    with serving(True, admit, is_full=lambda: False) as batch:
+        batch.prompt_cache.max_size = 0
+        model = batch.model_provider.model
+        model.make_cache = lambda: events.append("cache") or [KVCache() for _ in model.layers]
+        for name in ("a", "b", "a"):
+            asked(batch, model=server.ModelDescription(name, None, None))
+    assert events == ["a", "cache", "b", "cache", "a", "cache"]
+
+
+def test_requests_to_each_model_are_taken_in_turn():
+    waiting = upstream_server._ByModel()
+    for n, name in enumerate("aaabac"):
+        args = argparse.Namespace(model=server.ModelDescription(name, None, None))
+        waiting.put((n, None, args))
+    assert [waiting.get_nowait()[0] for _ in range(waiting.qsize())] == [0, 3, 5, 1, 2, 4]
+    assert waiting.empty()
 
 
 def test_each_step_of_a_batch_has_a_turn():

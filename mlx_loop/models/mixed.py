@@ -70,8 +70,7 @@ class Mixed:
         """Whether rows with a view's settings can stand in such a batch."""
         if view.tells_tokens_apart or view.stages is not None:
             return False
-        loop = None if view.is_unlooped else view.loop
-        return can_share(view.anatomy, view.new_cache(), loop)
+        return can_share(view.anatomy, view.new_cache(), view.here)
 
     def make_cache(self) -> list[Any]:
         """An empty cache of one row."""

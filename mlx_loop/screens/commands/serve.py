@@ -49,9 +49,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(group, "--prompt-cache-bytes", what, options.positive, "N")
     what = "caches of earlier prompts that are kept"
     add(group, "--prompt-cache-size", what, options.from_zero, "N", 10)
-    what = "answers at once, for each setting"
+    what = "answers at once, in each batch"
     add(group, "--decode-concurrency", what, options.positive, "N", 32)
-    what = "prompts at once, for each setting"
+    what = "prompts at once, in each batch"
     add(group, "--prompt-concurrency", what, options.positive, "N", 8)
     what = "what is printed"
     levels = ("debug", "info", "warning", "error")

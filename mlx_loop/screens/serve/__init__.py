@@ -1,5 +1,5 @@
 """`mlx_loop serve`: mlx-lm's server, with the loop settings in the model's name.
 
-`names` reads settings, `desk` keeps a batch for each, `turns` lets them alternate, `handler` speaks
+`names` reads settings, `desk` keeps batches, `turns` lets them alternate, `handler` speaks
 HTTP and `comparing` feeds the page.
 """

@@ -1,4 +1,7 @@
-"""A batch of requests for each setting, on one set of weights, within limits of memory."""
+"""Batches of requests on one set of weights, within limits of memory.
+
+One holds requests of all settings that can stand side by side; each other setting has its own.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,18 @@ from ...generation.sampling import Sampler
 from ...generation.speculative import check_drafts, is_its_own_draft
 from ...method.cache import tokens_seen
 from ...models.looped import Looped
+from ...models.mixed import Mixed, Settings
+from ...settings import ResolvedLoop
 from ...upstream import hugging_face
 from ...upstream_server import Batch
 from .grammar import Grammars
 from .names import Names
 from .turns import Turns
 
-# Settings that are kept ready at once, each with a thread and a batch of its own.
+# Batches that are kept ready at once, each with a thread.
 MOST_SETTINGS = 8
+# The name, among those of settings, of the batch that holds requests of several.
+SHARED = "several"
 
 
 # What a request that is served alone takes of mlx-lm's arguments as it is.
@@ -71,24 +78,65 @@ class KeptCaches(LRUPromptCache):
             super().trim_to(**kwargs)
 
 
-class Provider(ModelProvider):
-    """mlx-lm's, which answers with views of a model that is loaded already."""
+class SharedCaches:
+    """The kept caches, for a batch whose rows' settings are in theirs (`Mixed`).
 
-    def __init__(self, args: argparse.Namespace, names: Names, tokenizer: TokenizerWrapper):
+    Args:
+        name_of: the name of settings.
+    """
+
+    def __init__(
+        self,
+        kept: KeptCaches,
+        mixed: Mixed,
+        name_of: Callable[[ResolvedLoop | None], str],
+    ):
+        self._kept, self._mixed, self._name_of = kept, mixed, name_of
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+        loop = self._mixed.loop
+        cache, rest = self._kept.fetch_nearest_cache(_key(self._name_of(loop)), tokens)
+        return cache and [*cache, Settings([loop])], rest
+
+    def insert_cache(self, model: Any, tokens: list[int], cache: list[Any], **more: Any) -> None:
+        *entries, settings = cache
+        self._kept.insert_cache(_key(self._name_of(settings.rows[0])), tokens, entries, **more)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kept, name)
+
+
+class Provider(ModelProvider):
+    """mlx-lm's, which answers with views of a model that is loaded already.
+
+    Args:
+        mixed: the model of all names, where one batch holds them.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        names: Names,
+        tokenizer: TokenizerWrapper,
+        mixed: Mixed | None = None,
+    ):
         super().__init__(args)
-        self._names, self._tokenizer = names, tokenizer
+        self._names, self._tokenizer, self._mixed = names, tokenizer, mixed
 
     def load_default(self) -> None:
         """Nothing: each request names its model."""
 
-    def load(self, name: str, *_: Any) -> tuple[Looped, TokenizerWrapper]:
+    def load(self, name: str, *_: Any) -> tuple[Any, TokenizerWrapper]:
         view = self._names.view(name)
         # Whoever serves with it says where a prompt ends, or has settings that need not know.
         mine = view.with_loop(view.loop)
         mine.make_cache = view.new_cache
-        loaded = {"model": mine, "tokenizer": self._tokenizer, "model_key": (name, None, None)}
-        vars(self).update(loaded)
-        return mine, self._tokenizer
+        model, key = self._mixed or mine, _key(SHARED if self._mixed else name)
+        vars(self).update({"model": model, "tokenizer": self._tokenizer, "model_key": key})
+        return model, self._tokenizer
 
     def batches(self, name: str) -> bool:
         view = self._names.view(name)
@@ -98,6 +146,11 @@ class Provider(ModelProvider):
         # Passes of a prompt see each other, so that pieces would change the answer.
         view = self._names.view(name)
         return not view.is_unlooped and view.loop is not None and view.loop.cache != "own"
+
+
+def _key(name: str) -> tuple[str, None, None]:
+    """What mlx-lm calls a model by: name, adapter, draft."""
+    return name, None, None
 
 
 @dataclass
@@ -115,7 +168,7 @@ class _Setting:
 
 
 class Desk:
-    """What serves requests: one batch per setting, made when it is asked for.
+    """What serves requests: batches, made when they are asked for.
 
     On several machines one batch serves all settings, one after the other as mlx-lm does it: there
     each machine has to do the same work in the same order, and turns go by time.
@@ -136,6 +189,7 @@ class Desk:
         # How many logits there are, of which nothing is computed.
         self.vocabulary: int = view.with_loop(None)(mx.zeros((1, 1), mx.int32)).shape[-1]
         render = hugging_face(tokenizer).apply_chat_template
+        self._depth = view.depth
         self.reserved = frozenset(inspect.signature(render).parameters)
         self._footprint = lru_cache(64)(lambda name: Footprint(names.view(name)))
         self._settings: dict[str, _Setting] = {}
@@ -149,14 +203,17 @@ class Desk:
         return all(setting.batch.is_healthy for setting in list(self._settings.values()))
 
     @contextmanager
-    def batch(self, view: Looped) -> Iterator[Batch]:
+    def batch(self, view: Looped, alone: bool) -> Iterator[Batch]:
         """The batch for a view's settings, which stays while it is asked something.
+
+        Args:
+            alone: for a request that is served alone.
 
         Raises:
             Busy: too many other settings are being asked.
         """
         with self._lock:
-            setting = self._setting(view)
+            setting = self._setting(view, alone)
             setting.asked += 1
         try:
             yield setting.batch
@@ -164,8 +221,10 @@ class Desk:
             with self._lock:
                 setting.asked -= 1
 
-    def _setting(self, view: Looped) -> _Setting:
-        name = "all" if self._one_batch else self.names.canonical(view)
+    def _setting(self, view: Looped, alone: bool = False) -> _Setting:
+        name = self.names.canonical(view)
+        if self._one_batch or (not alone and self._is_shared(view)):
+            name = SHARED
         setting = self._settings.pop(name, None)
         if setting is not None and not setting.batch.is_healthy and not self._one_batch:
             setting = None
@@ -173,7 +232,7 @@ class Desk:
             self.kept.trim_to(n_sequences=0)
         if setting is None:
             self._make_room()
-            setting = self._open()
+            setting = self._open(name == SHARED and not self._one_batch)
         # The latest one last, so that the first one is the longest unused.
         self._settings[name] = setting
         return setting
@@ -184,25 +243,42 @@ class Desk:
         idle = next((name for name, s in self._settings.items() if not s.asked), None)
         if idle is None:
             raise Busy(
-                f"{MOST_SETTINGS} loop settings are being served, the most at once: ask again, or "
-                "with one of " + ", ".join(self._settings)
+                f"{MOST_SETTINGS} batches are being served, the most at once: ask again, or with "
+                "one of " + ", ".join(name for name in self._settings if name != SHARED)
             )
         self._settings.pop(idle).batch.stop_and_join()
 
-    def _open(self) -> _Setting:
+    def _is_shared(self, view: Looped) -> bool:
+        return self.cli_args.kv_bits is None and Mixed.takes(view)
+
+    def _open(self, shared: bool) -> _Setting:
         latest: tuple[GenerationArguments, list[int]]
+        model = self.names.view(self.names.name)
+        mixed = Mixed(model) if shared else None
+        needs: dict[int, int] = {}
 
         def admit(request: CompletionRequest, args: GenerationArguments, tokens: list[int]) -> None:
             nonlocal latest
             self._admit(setting, request, args, tokens)
             latest = args, tokens
+            if mixed is not None:
+                mixed.loop = self.names.view(args.model.model).here
+
+        def is_full() -> bool:
+            return len(needs) >= self.cli_args.decode_concurrency
+
+        def name_of(loop: ResolvedLoop | None) -> str:
+            return self.names.canonical(model.with_loop(loop))
 
         def alone(**kwargs: Any) -> Generator[GenerationResponse, None, None]:
             return self._alone(*latest, **kwargs)
 
-        provider = Provider(self._batch_args, self.names, self.tokenizer)
+        provider = Provider(self._batch_args, self.names, self.tokenizer, mixed)
         of_name = provider.batches, provider.takes_whole
-        setting = _Setting(Batch(provider, self.kept, self.turns, admit, alone, *of_name))
+        kept: Any = self.kept if mixed is None else SharedCaches(self.kept, mixed, name_of)
+        full = is_full if shared else None
+        batch = Batch(provider, kept, self.turns, admit, alone, *of_name, full)
+        setting = _Setting(batch, needs=needs)
         return setting
 
     def _admit(
@@ -228,6 +304,10 @@ class Desk:
             return
         length = -(-(len(tokens) + args.max_tokens) // 256) * 256
         need = self._footprint(args.model.model).cache(length)
+        if setting.batch.shared:
+            # Passes of some of the rows work on copies of what their windows keep.
+            looped = self.names.view(args.model.model).here
+            need += need * len(looped.layers if looped else ()) // self._depth
         total = self.cli_args.prompt_cache_bytes
         if need > total:
             raise UserError(

@@ -176,7 +176,11 @@ class Handler(APIHandler):
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         try:
-            with self.desk.batch(self._view) as batch, closing(_Answer(self, batch)) as answer:
+            alone = self.seed is not None
+            with (
+                self.desk.batch(self._view, alone) as batch,
+                closing(_Answer(self, batch)) as answer,
+            ):
                 self.response_generator = answer  # type: ignore[assignment]
                 super().handle_completion(request, stop_words)
         except (Busy, *GONE):
