@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -15,6 +19,9 @@ from .errors import UserError
 from .foreign import from_json, one_line, to_json
 
 Job = TypeVar("Job")
+
+# Something in it: a person is being asked.
+_asks: list[bool] = []
 
 # Where the launchers say which process this is: MLX's own, and Open MPI's.
 _RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
@@ -41,6 +48,50 @@ def count() -> int:
 def is_lost(error: Exception) -> bool:
     """Whether MLX says that another machine has gone."""
     return isinstance(error, RuntimeError) and "peer was lost" in str(error)
+
+
+def watch(gone: Callable[[], None]) -> None:
+    """Have `gone` called where MLX waits forever for another machine that has gone.
+
+    It says so as a rule (`is_lost`), but not where a thread is handing it work when the connection
+    ends. Call this before anything else that `count`s.
+    """
+    before = _connections()
+    if count() > 1:
+        others = [socket.socket(fileno=os.dup(fd)) for fd in _connections() - before]
+        threading.Thread(target=_watch, args=(others, gone), daemon=True).start()
+
+
+def _connections() -> set[int]:
+    """Numbers of this process's sockets that are connected to somebody."""
+    found = set()
+    for fd in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError):  # The listing's own, closed by now, and sockets that listen.
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                with socket.socket(fileno=os.dup(fd)) as connection:
+                    connection.getpeername()
+                    found.add(fd)
+    return found
+
+
+def _watch(others: Sequence[socket.socket], gone: Callable[[], None], patience: float = 10) -> None:
+    while not any(map(_is_closed, others)):
+        time.sleep(0.5)
+    # Whatever ends the command now, or is computed or asked first, needs the processor or a person.
+    while True:
+        used = time.process_time()
+        time.sleep(patience)
+        if not _asks and time.process_time() - used < patience / 20:
+            gone()
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 @contextmanager
@@ -121,7 +172,15 @@ def _of_first(value: Any) -> Any:
 def lines_from_first(lines: Iterable[str]) -> Iterator[str]:
     """The lines that the first machine reads, on all of them; the others' are not asked for."""
     mine = iter(lines)
-    while (line := from_first(lambda: next(mine, None))) is not None:
+
+    def ask() -> str | None:
+        _asks.append(True)
+        try:
+            return next(mine, None)
+        finally:
+            _asks.pop()
+
+    while (line := from_first(ask)) is not None:
         yield line
 
 

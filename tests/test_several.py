@@ -9,14 +9,16 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
+from contextlib import suppress
 from functools import partial
 
 import pytest
 from conftest import make
 
 import mlx_loop
-from mlx_loop import LoopConfig, UserError
+from mlx_loop import LoopConfig, UserError, several
 from mlx_loop.checkpoints.loading import split
 from mlx_loop.generation.prompt import render
 from mlx_loop.screens.cli import main
@@ -263,6 +265,46 @@ def test_a_server_on_several_answers_as_one_and_ends_with_one_line_where_one_is_
     busy = ask(port, model="demo:loops=60", stream=True, max_tokens=400)
     assert busy.getresponse().read(100)
     assert_ends(processes, "serve")
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "ends"), [("waits", True), ("computes", False), ("asks", False)]
+)
+def test_who_waits_in_vain_is_ended_and_nobody_else(meanwhile, ends, monkeypatch):
+    # MLX as a rule raises an error, and then there is nobody left to end.
+    here, there = socket.socketpair()
+    gone = threading.Event()
+    monkeypatch.setattr(several, "_asks", [True] if meanwhile == "asks" else [])
+
+    def watch():
+        with suppress(EOFError):
+            several._watch([here], leave, patience=0.4)
+
+    def leave():
+        gone.set()
+        raise EOFError
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    assert not gone.wait(0.7)
+    there.close()
+    began = time.monotonic()
+    while time.monotonic() - began < 4 and not gone.is_set():
+        if meanwhile != "computes":
+            gone.wait(0.1)
+    assert gone.is_set() == ends
+    if not ends:
+        monkeypatch.setattr(several, "_asks", [])
+        assert gone.wait(10)
+    thread.join()
+
+
+def test_connections_are_sockets_that_have_a_peer():
+    known = several._connections()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert several._connections() == known
+        with socket.create_connection(server.getsockname()) as client, server.accept()[0] as other:
+            assert several._connections() - known == {client.fileno(), other.fileno()}
 
 
 # --- Chat ---

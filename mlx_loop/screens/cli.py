@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from itertools import takewhile
 from types import FrameType
@@ -116,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = parser.parse_args(typed)
             name = f"mlx_loop {args.command}"
             check_idle(args)
+            if several.launched():
+                several.watch(partial(_leave, name))
             if args.command not in SEVERAL and several.count() > 1:
                 raise UserError(f"{args.command} runs on one machine: start it without mlx.launch")
             status = args.run(args)
@@ -137,6 +140,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("")
         return INTERRUPTED
+
+
+def _leave(name: str) -> None:
+    """End the program from another thread than the one that waits in vain."""
+    _complain(name, several.GONE)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(LOST)
 
 
 @contextmanager
