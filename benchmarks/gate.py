@@ -6,9 +6,11 @@
 Each prompt is answered greedily by the looped model. At every token of the answer the un-looped
 pass is made too, from the looped model's own keys and values: what a self-draft and a gate see.
 `same` is the share of tokens where both rank the same token first, with its 95 % interval over
-prompts. For each limit of entropy, in nats: the share of tokens that would loop, the layers that
-are read per token over those of the un-looped model, in this model and at 4 of 36 layers, and the
-share of tokens that the gate changes: sure, and yet other than the looped model's.
+prompts; `drafted` what self-drafts that are right so often read, by the formula of
+docs/speculative.md at 4 of 36 layers. For each limit of entropy, in nats: the share of tokens that
+would loop, the layers that are read per token over those of the un-looped model, in this model and
+at 4 of 36 layers, and the share of tokens that the gate changes: sure, and yet other than the
+looped model's.
 
 `random` measures time instead: of a random model as deep as Qwen3-4B, 1 GB in float32, whose limit
 is set so that this share of its tokens loops. Times are of the processor, token by token in turn
@@ -73,6 +75,14 @@ def watch(looped: Looped, prompt: list[int], stop: set[int], most: int) -> np.nd
         token = int(mx.argmax(said[0, -1]))
         found.append((int(mx.argmax(plain[0, -1])) == token, float(entropy(plain[0, -1]))))
     return np.array(found)
+
+
+def drafted(rate: float, loops: int) -> float:
+    """Layers read per token, of the un-looped model's, at the best number of drafts up to 8."""
+    layers, extra = 36, 4 * (loops - 1)
+    return min(
+        ((n + 1) * layers + extra) / layers / sum(rate**i for i in range(n + 1)) for n in range(9)
+    )
 
 
 def timing(loops: int, share: float) -> None:
@@ -146,7 +156,10 @@ def main() -> None:
         layers, top = len(model.layers), looped.loop.layers[-1] + 1
         whole = layer_passes(looped.loop, layers) / layers
         print(f"\n`{args.folder.name}`, {looped.loop}; {len(every)} tokens, {machine}.")
-        print(f"Same: {every[:, 0].mean():.3f} [{low:.3f}, {high:.3f}]; all loop: {whole:.3f}.\n")
+        same = float(every[:, 0].mean())
+        print(f"Same: {same:.3f} [{low:.3f}, {high:.3f}]; all loop: {whole:.3f}.")
+        most, reads, least = (drafted(rate, args.loops) for rate in (low, same, high))
+        print(f"Drafted: {reads:.2f} [{least:.2f}, {most:.2f}].\n")
         print("| limit | loops | reads | 4 of 36 | changed |\n| --- | --- | --- | --- | --- |")
         for limit in LIMITS:
             unsure = every[:, 1] >= limit
