@@ -237,14 +237,13 @@ def trace(model: Looped, tokens: Sequence[int]) -> Trace:
     view = model.with_loop(model.loop)
     view.observer = lambda *loop: seen.append(loop)
     text = mx.array(list(tokens))[None]
-    view(text)
-    # Pass by pass, so that Ctrl-C is heard in between; what is above the window is not needed.
-    for _, evaluations, out in seen:
-        for evaluation in evaluations:
-            mx.eval(evaluation)
-        mx.eval(out)
-    loop = model.loop
+    loop, walk = model.loop, view.walk()
     assert loop is not None
+    view.run(None).put_into(walk)
+    # So that Ctrl-C is heard in between; what is above the window is not needed.
+    walk.in_turn(range(loop.layers[-1] + 1))
+    walk.end_after(loop.layers[-1])
+    walk.run(text, None)
     changes = expert_changes(model, text) if model.anatomy.mixes_experts else {}
     loops = [
         _loop(model, list(layers), evaluations, out, [changes[i] for i in layers if i in changes])

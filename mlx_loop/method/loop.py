@@ -228,13 +228,21 @@ class _Window:
 
 
 class _Watched:
-    """g, with every evaluation (x, g(x)) kept."""
+    """g, with every evaluation (x, g(x)) kept, and computed layer by layer.
+
+    Whoever watches reads all of it. Computed in one go, a long prompt would hear no Ctrl-C.
+    """
 
     def __init__(self, g: _Window):
         self._g = g
         self.evaluations: list[tuple[mx.array, mx.array]] = []
 
     def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:
-        gx = self._g(x, between)
+        def computed(i: int, h: mx.array) -> mx.array:
+            h = h if between is None else between(i, h)
+            mx.eval(h)
+            return h
+
+        gx = self._g(x, computed)
         self.evaluations.append((x, gx))
         return gx
