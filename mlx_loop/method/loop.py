@@ -86,6 +86,7 @@ class Run:
             as if it had been fed alone; None: they see each other.
         firings: counts what the guard does; None: nobody does.
         observer: watches; None: nobody does.
+        in_turn: whether each layer of each pass is computed before the next is called.
     """
 
     model: Any
@@ -95,6 +96,7 @@ class Run:
     past: int | None = None
     firings: Count | None = None
     observer: Observer | None = None
+    in_turn: bool = False
 
     def put_into(self, walk: Walk, loops: bool = True) -> None:
         """Stand in for the window's layers.
@@ -139,7 +141,7 @@ class _Window:
         else:
             n = i - self._part.start
             layer = self._frozen[i].natural if i in self._frozen else self._layers[n]
-            result = apply(layer, self._seen(arguments, n))
+            result = self._apply(layer, self._seen(arguments, n))
         self._results.append(result)
         if i != self._part[-1]:
             return result
@@ -194,11 +196,17 @@ class _Window:
             for name, (source, place) in where.feeds.items():
                 if source in self._part:
                     arguments[name] = results[source - self._part.start][place]
-            results.append(apply(layer, arguments))
+            results.append(self._apply(layer, arguments))
             x = stream(results[-1])
             if between is not None:
                 x = between(n, x)
         return results
+
+    def _apply(self, layer: Any, arguments: Arguments) -> Any:
+        found = apply(layer, arguments)
+        if self._run.in_turn:
+            mx.eval(found)
+        return found
 
     def _seen(self, arguments: Arguments, n: int) -> Arguments:
         """A layer's arguments with the caches and the mask of the present evaluation."""
@@ -228,21 +236,13 @@ class _Window:
 
 
 class _Watched:
-    """g, with every evaluation (x, g(x)) kept, and computed layer by layer.
-
-    Whoever watches reads all of it. Computed in one go, a long prompt would hear no Ctrl-C.
-    """
+    """g, with every evaluation (x, g(x)) kept."""
 
     def __init__(self, g: _Window):
         self._g = g
         self.evaluations: list[tuple[mx.array, mx.array]] = []
 
     def __call__(self, x: mx.array, between: Between | None = None) -> mx.array:
-        def computed(i: int, h: mx.array) -> mx.array:
-            h = h if between is None else between(i, h)
-            mx.eval(h)
-            return h
-
-        gx = self._g(x, computed)
+        gx = self._g(x, between)
         self.evaluations.append((x, gx))
         return gx
