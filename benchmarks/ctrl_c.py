@@ -4,7 +4,8 @@
     python benchmarks/ctrl_c.py --model smollm2 --moments 10 trace sweep
 
 Each command runs in a folder and a process of its own, and hears SIGINT at a moment that is drawn
-between its start and its end, or `--longest` seconds where it takes longer. Timed is from there to
+between its first 0.2 seconds, in which Python itself starts, and its end, or `--longest` seconds
+where it takes longer. Timed is from there to
 the end of the process: `chat` and `compare on a terminal` go on, so of them it is to the line that
 says that the answer was stopped. `status` counts the exit statuses, 130 being that of Ctrl-C. A
 trace of Python's on the screen is an error, and is shown. Needs the `test` extra.
@@ -49,6 +50,7 @@ COMMANDS = {
     "plan": ["plan", "--verbose"],
 }
 ON_A_TERMINAL = {"chat": "chat", "compare on a terminal": "compare"}
+START = 0.2
 ENOUGH = 60.0  # seconds after which nobody waits
 PROMPT = "\x1b[?2004h"  # What prompt_toolkit writes before it reads a line.
 
@@ -106,7 +108,7 @@ def at_moments(
     console = Console(stderr=True)
     for _ in track(range(moments), title, console=console, transient=True):
         process = Process(command, model)
-        while not process.lives(draw.uniform(0, length)):
+        while not process.lives(draw.uniform(START, length)):
             # It was quicker this time.
             process.stop()
             process = Process(command, model)
@@ -166,6 +168,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments; default: 0")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # What a shell starts with `&` ignores it, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     draw = random.Random(args.seed)
     print("| command | moments | median, s | longest, s | above 1 s | status |")
     print("| --- | --- | --- | --- | --- | --- |")
