@@ -122,14 +122,16 @@ def test_a_second_run_does_only_what_is_missing(text_work, tmp_path):
     assert nothing.seen == 0
 
 
-def test_a_line_that_was_cut_off_is_done_again(text_work, tmp_path):
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_line_that_was_cut_off_is_done_again(mark, text_work, tmp_path):
     views, work = text_work
     path = tmp_path / "r.jsonl"
     run(views, None, work, Results.open(path, HEADER), Only(99))
     before = Results.open(path, HEADER).rows
-    path.write_text(path.read_text()[:-10])
+    path.write_bytes(mark + path.read_bytes()[:-10])
     results = Results.open(path, HEADER)
     assert len(results.rows) == 8
+    assert path.read_bytes().endswith(b"}\n")
     run(views, None, work, results, Only(99))
     assert Results.open(path, HEADER).rows == before
 
