@@ -1,6 +1,7 @@
 """Foreign words: what people, files, models and other libraries say, read and shown in one place.
 
-Text is UTF-8, with the mark that some editors begin a file with or without. Lines end at `\\n` alone: U+0085 and U+2028 are part of what a model may say.
+Text is UTF-8; the byte order mark that some editors put before it is passed over. Lines end at
+`\\n` alone: U+0085 and U+2028 are part of what a model may say.
 """
 
 from __future__ import annotations
