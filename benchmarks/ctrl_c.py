@@ -4,7 +4,7 @@
     python benchmarks/ctrl_c.py --model smollm2 --moments 10 trace sweep
 
 Each command runs in a folder and a process of its own, and hears SIGINT at a moment that is drawn
-between its first 0.2 seconds, in which Python itself starts, and its end, or `--longest` seconds
+between its first half second, in which Python itself starts, and its end, or `--longest` seconds
 where it takes longer. Timed is from there to
 the end of the process: `chat` and `compare on a terminal` go on, so of them it is to the line that
 says that the answer was stopped. `status` counts the exit statuses, 130 being that of Ctrl-C. A
@@ -50,7 +50,7 @@ COMMANDS = {
     "plan": ["plan", "--verbose"],
 }
 ON_A_TERMINAL = {"chat": "chat", "compare on a terminal": "compare"}
-START = 0.2
+START = 0.5
 ENOUGH = 60.0  # seconds after which nobody waits
 PROMPT = "\x1b[?2004h"  # What prompt_toolkit writes before it reads a line.
 
