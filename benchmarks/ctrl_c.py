@@ -94,7 +94,9 @@ class Process:
         if "Traceback" in said:
             raise SystemExit(f"Ctrl-C shows a trace:\n{said}")
         self._folder.cleanup()
-        return took, self._process.returncode
+        status = self._process.returncode
+        # Killed by SIGINT, as Python ends where it was in the text of an `exec`: 130 to a shell.
+        return took, 128 - status if status < 0 else status
 
 
 def at_moments(
