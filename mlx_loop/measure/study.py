@@ -19,7 +19,7 @@ from .. import several
 from ..files import check_space, whole_file
 from ..foreign import read_text, to_json
 from ..models.looped import Looped
-from .outcome import Problem, Scores
+from .outcome import Scores
 from .results import Results, Row, append, check_header, fingerprint, parsed
 from .tasks import ruler
 from .tasks.task import Found, Score, Task
@@ -101,11 +101,6 @@ def complete(views: Sequence[Looped], task: Task, results: Results) -> list[Row]
     ]
 
 
-def problem(item: Row) -> Problem:
-    """Which one an item is."""
-    return item.get("task", ""), item.get("length"), item.get("index", item["item"])
-
-
 def gather(
     views: Sequence[Looped], task: Task, results: Results, score: Score | None = None
 ) -> Scores:
@@ -119,7 +114,7 @@ def gather(
     values = [[results.of(view.loop, item)[score.name] for item in items] for view in views]
     return Scores(
         [view.loop for view in views],
-        [problem(item) for item in items],
+        [(i.get("task", ""), i.get("length"), i.get("index", i["item"])) for i in items],
         np.array(values, np.float64),
         len(task.items),
         better=score.better,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from ..errors import UserError
 from ..files import whole_file
@@ -44,9 +45,8 @@ def write(
         chosen: what became of a setting that was chosen on a part of the problems, in sentences.
     """
     found, layers = outcomes(scores), len(views[0].layers)
-    means = {name: _means(name, views, task, results) for name in task.also}
-    table = [[*row, *more] for row, *more in zip(rows(found, layers), *means.values(), strict=True)]
-    blocks = opening(scores, found, Table([*HEADER, *means], table))
+    every = zip(rows(found, layers), means(views, task, results), strict=True)
+    blocks = opening(scores, found, Table([*HEADER, *task.also], [a + b for a, b in every]))
     if task.no_choice is not None:
         blocks.append(Paragraph(f"No setting is recommended: {task.no_choice}."))
     if chosen:
@@ -59,7 +59,7 @@ def write(
     if len(files) > 1:
         blocks += [Paragraph("By file", 2), by(scores, files)]
     with TemporaryDirectory() as folder:
-        blocks.append(_picture(scores, task, Path(folder)))
+        blocks.append(_picture(drawing(scores, task), Path(folder)))
         blocks += closing(scores, [provenance(command)])
         blocks += answers(scores.names, _answered(views, task, results), path.name)
         with whole_file(page_of(path), overwrite=True) as scratch:
@@ -67,20 +67,28 @@ def write(
     return page_of(path)
 
 
-def _means(name: str, views: Sequence[Looped], task: Task, results: Results) -> list[str]:
+def means(views: Sequence[Looped], task: Task, results: Results) -> list[list[str]]:
+    """Of each setting, the means of the other numbers of a task (`task.also`)."""
     items = complete(views, task, results)
-    sums = [sum(results.of(view.loop, item)[name] for item in items) for view in views]
-    return [f"{total / len(items):.2g}" for total in sums]
+
+    def mean(view: Looped, name: str) -> str:
+        return f"{sum(results.of(view.loop, item)[name] for item in items) / len(items):.2g}"
+
+    return [[mean(view, name) for name in task.also] for view in views]
 
 
-def _picture(scores: Scores, task: Task, folder: Path) -> Block:
+def drawing(scores: Scores, task: Task) -> Callable[[Any], Any]:
+    """What draws the picture, given what is like matplotlib's pyplot."""
     what = "right answers" if task.score == "right" else task.score
-    title = f"{scores.header['model']}: {what}"
+    return partial(draw_windows, outcomes(scores), f"{scores.header['model']}: {what}")
+
+
+def _picture(draw: Callable[[Any], Any], folder: Path) -> Block:
     try:
-        light, dark = save(folder / "sweep.png", partial(draw_windows, outcomes(scores), title))
+        light, dark = save(folder / "sweep.png", draw)
     except UserError as error:
         return Paragraph(f"A picture is missing: {error}.")
-    return Picture(light, dark, title)
+    return Picture(light, dark, "change by window and loops K")
 
 
 def _answered(views: Sequence[Looped], task: Task, results: Results) -> list[Answered]:
