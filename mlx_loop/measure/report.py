@@ -102,7 +102,11 @@ def _scores(folder: Path, names: Sequence[str]) -> Scores | None:
 
 
 def write(
-    folder: Path, layers: int, holdout: float | None = None, reference: bool = False
+    folder: Path,
+    layers: int,
+    holdout: float | None = None,
+    reference: bool = False,
+    pictures: bool = True,
 ) -> tuple[Scores, Path]:
     """Write report.md and report.html into a study's folder, with pictures where matplotlib is.
 
@@ -110,6 +114,7 @@ def write(
         layers: of the model; costs are layer passes.
         holdout: a setting is chosen on the other problems and reported on this share of them.
         reference: add the paper's numbers.
+        pictures: draw; it takes seconds.
     """
     scores = read(folder)
     found, title = outcomes(scores), title_of(scores)
@@ -124,7 +129,7 @@ def write(
     for title, of in others.items():
         blocks += [Paragraph(title.capitalize(), 2), Table(HEADER, rows(outcomes(of), layers))]
     try:
-        blocks += _pictures(scores, folder)
+        blocks += _pictures(scores, folder) if pictures else []
     except UserError as error:
         blocks.append(Paragraph(f"Pictures are missing: {error}."))
     lengths = {f"{n} tokens": [p for p in scores.problems if p[1] == n] for n in scores.lengths()}
