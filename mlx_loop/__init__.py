@@ -5,15 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
-from .settings import Guard, LoopConfig
-
 if TYPE_CHECKING:
     from .checkpoints.loading import load, load_model
     from .checkpoints.saving import save
+    from .errors import UserError
     from .generation.generate import generate, make_prompt_cache, stream_generate
     from .generation.prompt_cache import load_prompt_cache, save_prompt_cache
     from .measure.library import compare, evaluate, sweep, trace
+    from .settings import Guard, LoopConfig
 
 __version__ = "0.1.0"
 
@@ -35,8 +34,12 @@ __all__ = [
     "trace",
 ]
 
-# mlx-lm takes seconds to import: only what needs it waits for it.
+# mlx-lm takes seconds to import: only what needs it waits for it. The commands hear Ctrl-C once
+# this file is read.
 _HOMES = {
+    "Guard": "settings",
+    "LoopConfig": "settings",
+    "UserError": "errors",
     "compare": "measure.library",
     "evaluate": "measure.library",
     "generate": "generation.generate",

@@ -1,6 +1,7 @@
 """Foreign words: what people, files, models and other libraries say, read and shown in one place.
 
-Text is UTF-8. Lines end at `\\n` alone: U+0085 and U+2028 are part of what a model may say.
+Text is UTF-8; the byte order mark that some editors put before it is passed over. Lines end at
+`\\n` alone: U+0085 and U+2028 are part of what a model may say.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 LONGEST_LINE = 800
+# A byte order mark at the beginning is no part of a text.
+TEXT = "utf-8-sig"
 
 # --- Shown ---
 
@@ -91,7 +94,7 @@ def read_text(path: Path) -> str:
     """
     try:
         is_other = path.exists() and not path.is_file()
-        text = "" if is_other else path.read_bytes().decode("utf-8")
+        text = "" if is_other else path.read_bytes().decode(TEXT)
     except (OSError, ValueError) as error:
         # Python names the file once more.
         reason = getattr(error, "strerror", None) or error

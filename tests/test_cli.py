@@ -76,6 +76,7 @@ def test_what_cannot_end_or_steer_an_answer_is_told():
 def test_a_prompt_may_come_from_standard_input():
     assert run("generate", stdin="What is 12 + 30?").out == run("generate", *PROMPT).out
     assert run("generate", "-p", "-", stdin="What is 12 + 30?").out
+    assert run("generate", stdin="\ufeffWhat is 12 + 30?").out == run("generate", *PROMPT).out
 
 
 def test_json_holds_the_answer_its_cost_and_the_whole_configuration():

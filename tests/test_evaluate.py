@@ -184,3 +184,19 @@ def test_ctrl_c_before_the_first_answer_is_no_error(tmp_path, monkeypatch, capsy
     words = ["--tasks", "niah_single_1", "--lengths", "384", "--limit", "1", "--out", str(tmp_path)]
     assert main(["evaluate", *words]) == 130
     assert capsys.readouterr().err.strip().endswith("the same command goes on from here")
+
+
+def test_a_study_that_is_stopped_is_reported_without_pictures(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")  # Pictures take seconds; Ctrl-C is answered within one.
+    words = ["--tasks", "niah_single_1", "--lengths", "384", "--loops", "2", "--out", str(tmp_path)]
+    assert main(["evaluate", *words, "--limit", "1", "--trace", "0"]) == 0
+    assert "<picture>" in (tmp_path / "report.html").read_text()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_loop.screens.measuring.run", interrupted)
+    assert main(["evaluate", *words, "--limit", "1", "--trace", "0"]) == 130
+    page = (tmp_path / "report.html").read_text()
+    assert "does looping help?" in page
+    assert "<picture>" not in page

@@ -19,6 +19,7 @@ from mlx_loop.foreign import (
     lines,
     one_line,
     path_of,
+    read_json,
     read_text,
     to_json,
     visible,
@@ -132,3 +133,10 @@ def _table(text):
 def test_what_is_loading_may_be_called_anything():
     with busy("loading", "[/x]\x1b q[4]") as status:
         assert str(status.renderable.text) == "loading [/x]\u241b q[4]"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    path = tmp_path / "notepad.json"
+    path.write_bytes(b"\xef\xbb\xbf[1]\n")
+    assert read_text(path) == "[1]\n"
+    assert read_json(path) == [1]

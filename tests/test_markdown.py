@@ -76,6 +76,14 @@ class Terminal(io.StringIO):
                 assert len(self.lines[self.row]) <= WIDTH
         return len(text)
 
+    def narrow(self, width):
+        """Make it so narrow; lines are wrapped, as terminals do it."""
+        wrapped = [
+            line[i : i + width] for line in self.lines for i in range(0, max(len(line), 1), width)
+        ]
+        self.row += len(wrapped) - len(self.lines)
+        self.lines = wrapped
+
     def text(self):
         return "\n".join(line.rstrip() for line in self.lines)
 
@@ -122,6 +130,19 @@ def test_an_answer_longer_than_the_screen_is_whole_in_the_end():
     assert code in said
     assert said.count("line 7\n") == 1
     assert said.count("a word,") == 99
+
+
+@pytest.mark.parametrize("narrower", [30, 17])
+def test_a_terminal_that_becomes_narrower_keeps_nothing_twice(narrower):
+    file = Terminal(height=24)
+    screen = console(file, height=24)
+    with Rendering(screen) as rendering:
+        for number in range(40):
+            rendering.show(f"word{number} ")
+            if number == 25:
+                file.narrow(narrower)
+                screen.width = narrower
+    assert file.text().split() == [f"word{n}" for n in range(40)]
 
 
 MARKS = "#*_`~-+>|[]()!<&;1.9:\\ \n\n"

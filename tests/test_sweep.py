@@ -17,6 +17,7 @@ from mlx_loop.measure.comparison import distinct, kl
 from mlx_loop.measure.outcome import Outcome, Scores, best, conclusion, held_out, outcomes, split
 from mlx_loop.measure.results import Results
 from mlx_loop.measure.study import complete, gather, run
+from mlx_loop.measure.tasks import read_tasks
 from mlx_loop.measure.tasks.questions import QUESTIONS, Questions, is_right, read_questions
 from mlx_loop.measure.tasks.text import Text, read_pieces
 from mlx_loop.screens.cli import main
@@ -121,14 +122,16 @@ def test_a_second_run_does_only_what_is_missing(text_work, tmp_path):
     assert nothing.seen == 0
 
 
-def test_a_line_that_was_cut_off_is_done_again(text_work, tmp_path):
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_line_that_was_cut_off_is_done_again(mark, text_work, tmp_path):
     views, work = text_work
     path = tmp_path / "r.jsonl"
     run(views, None, work, Results.open(path, HEADER), Only(99))
     before = Results.open(path, HEADER).rows
-    path.write_text(path.read_text()[:-10])
+    path.write_bytes(mark + path.read_bytes()[:-10])
     results = Results.open(path, HEADER)
     assert len(results.rows) == 8
+    assert path.read_bytes().endswith(b"}\n")
     run(views, None, work, results, Only(99))
     assert Results.open(path, HEADER).rows == before
 
@@ -261,6 +264,44 @@ def test_the_command_resumes_draws_and_prints_the_best(tmp_path, capsys, monkeyp
     assert main([*command, "--best"]) == 0
     assert capsys.readouterr().out == "LoopConfig(loops=1)\n"
     assert len(lines(tmp_path / "sweep.jsonl")) == 1 + 2 * 4
+
+
+def test_a_page_beside_the_results_has_all_of_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mlx_loop", "sweep", "--of", "this <page>"])
+    questions = tmp_path / "q.jsonl"
+    asked = {"messages": [{"role": "user", "content": "What is 3 <b> 4?"}], "answer": "<7>"}
+    questions.write_text(json.dumps(asked) + "\n")
+    command = ["sweep", "--task", str(questions), "--loops", "2,8", "--integrator", "naive"]
+    assert main([*command, "--max-tokens", "6", "--out", str(tmp_path / "r.jsonl")]) == 0
+    assert str(tmp_path / "r.jsonl.html") in capsys.readouterr().err.replace("\n", "")
+    page = (tmp_path / "r.jsonl.html").read_text()
+    for words in (
+        "demo: does looping help?",
+        "No detectable difference between any setting",
+        "naive, K = 8",
+        "[4,8)",
+        "mlx_loop sweep --of &#x27;this &lt;page&gt;&#x27;",
+        "What is 3 &lt;b&gt; 4?",
+        "&lt;7&gt;",
+        "✗ ",
+        '<input type="search"',
+    ):
+        assert words in page
+
+
+def test_the_page_of_choices_names_those_that_were_chosen(tmp_path):
+    file = tmp_path / "c.jsonl"
+    question = {"question": "What is it?", "choices": ["first", "second"], "answer": "B"}
+    file.write_text((json.dumps(question) + "\n") * 8)
+    model, tokenizer = mlx_loop.load("demo")
+    task = read_tasks([f"choices:{file}"], tokenizer, None)
+    item = task.items[0]
+    assert task.told(item, {"log_p_of_choices": [-2.0, -3.0]}) == ("What is it?", "second", "first")
+    found = mlx_loop.sweep(
+        model, tokenizer, f"choices:{file}", [2], out=tmp_path / "r.jsonl", progress=False
+    )
+    assert found.report == tmp_path / "r.jsonl.html"
+    assert "Log-probability of the right choice" in found.report.read_text()
 
 
 def test_a_text_by_the_command(tmp_path, capsys):

@@ -143,6 +143,32 @@ def test_tracing_leaves_the_model_as_it_was(one_of_each):
     assert mx.array_equal(looped(text), before)
 
 
+@pytest.mark.parametrize("settings", [{}, {"scope": "layer"}, {"integrator": "uniform"}])
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe"])
+def test_a_trace_computes_one_layer_at_a_time(model_type, settings, monkeypatch):
+    # Ctrl-C is heard between evaluations; of a long prompt a layer is what takes long.
+    model = make(model_type)
+    model.loop = LoopConfig(loops=3, window=(2, 4), **settings)
+    called, at_once, evaluate = [], [], mx.eval
+    kind = type(model.layers[0])
+    call = kind.__call__
+
+    def counted(layer, *args, **kwargs):
+        called.append(layer)
+        return call(layer, *args, **kwargs)
+
+    def noted(*arrays):
+        at_once.append(len(called))
+        called.clear()
+        evaluate(*arrays)
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    monkeypatch.setattr(mx, "eval", noted)
+    trace(model, [5, 6, 7])
+    assert sum(at_once) >= 4 + 2 * 2
+    assert max(at_once) == 1
+
+
 def test_experts_that_changed_are_those_of_expert_changes(any_mixture):
     looped, text = any_mixture.with_loop(LoopConfig(loops=3, scope="layer")), tokens(1, 8)
     changes = expert_changes(looped, text)

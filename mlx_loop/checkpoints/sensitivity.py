@@ -19,6 +19,7 @@ from mlx_lm.utils import get_total_parameters
 
 from ..errors import UserError
 from ..models.looped import Looped
+from ..models.together import FEW, logits
 from .quantise import (
     WIDTHS,
     Params,
@@ -134,18 +135,21 @@ def damages(
 
 
 def _log_probabilities(model: Looped, tokens: mx.array) -> list[mx.array]:
-    """For each row of tokens (length, vocab), float32, evaluated."""
-    rows = []
+    """For each few tokens (tokens, vocab), float32, evaluated."""
+    found = []
     for row in tokens:
-        rows.append(nn.log_softmax(model(row[None])[0].astype(mx.float32)))
-        mx.eval(rows[-1])
-    return rows
+        state = model.in_turn(row[None])
+        for start in range(0, row.size, FEW):
+            said = logits(model, state[:, start : start + FEW])[0]
+            found.append(nn.log_softmax(said.astype(mx.float32)))
+            mx.eval(found[-1])
+    return found
 
 
 def _divergence(p: list[mx.array], q: list[mx.array]) -> float:
     """KL(p || q), the mean over tokens, in nats."""
-    rows = [(mx.exp(a) * (a - b)).sum(axis=-1).mean() for a, b in zip(p, q, strict=True)]
-    return max(0.0, float(mx.mean(mx.stack(rows))))
+    nats = [(mx.exp(a) * (a - b)).sum(axis=-1) for a, b in zip(p, q, strict=True)]
+    return max(0.0, float(mx.mean(mx.concatenate(nats))))
 
 
 class Sizes:

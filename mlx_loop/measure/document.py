@@ -6,7 +6,6 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 
 from ..foreign import in_markdown, lines, visible
@@ -87,6 +86,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: right }
+td { white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
 img, input { max-width: 100% }
 p { white-space: pre-line; overflow-wrap: anywhere }
@@ -125,18 +125,17 @@ def body(blocks: Sequence[Block]) -> str:
         else:
             if block.search:
                 parts.append('<input type="search" placeholder="search">')
-            head = "".join(f"<th>{_html(cell)}</th>" for cell in block.header)
-            rows = [
-                "<tr>" + "".join(map(_td, block.header, row, repeat(block.left))) + "</tr>"
-                for row in block.rows
-            ]
-            parts.append(f"<table><tr>{head}</tr>\n" + "\n".join(rows) + "</table>")
+            lines = [_row("th", block.header, block), *(_row("td", r, block) for r in block.rows)]
+            parts.append("<table>" + "\n".join(lines) + "</table>")
     return "\n".join(parts)
 
 
-def _td(name: str, text: str, left: Sequence[str]) -> str:
-    style = ' style="text-align: left; white-space: pre-wrap"' if name in left else ""
-    return f"<td{style}>{_html(text)}</td>"
+def _row(tag: str, cells: Sequence[str], table: Table) -> str:
+    shown = []
+    for name, text in zip(table.header, cells, strict=True):
+        left = ' style="text-align: left; white-space: pre-wrap"' if name in table.left else ""
+        shown.append(f"<{tag}{left}>{_html(text)}</{tag}>")
+    return f"<tr>{''.join(shown)}</tr>"
 
 
 def _html(text: str) -> str:

@@ -24,7 +24,7 @@ from ..foreign import path_of
 from ..generation.prompt import Prompt, encode
 from ..models.looped import Looped
 from ..settings import LoopLike
-from . import comparison, report
+from . import comparison, report, sweep_report
 from . import trace as inside
 from .evaluation import carry_out, other_tasks, parse_tasks
 from .results import Results, fingerprint
@@ -105,7 +105,8 @@ def sweep(
             `chat_choices:FILE`, or `text:FILE`; or a `Task` of your own.
         settings: as in `compare`.
         limit: this many items of each file, evenly spread; None: all.
-        out: a file where results are appended; what it holds is not done again.
+        out: a file where results are appended, with a page beside it; what it holds is not done
+            again.
         max_tokens, system, template, batch: the longest answer, the system message, more
             arguments for the chat template, and how many items are answered at a time.
         progress: show a bar.
@@ -132,7 +133,11 @@ def sweep(
         _measure(progress)("", views, tokenizer, task, results)
     scores = replace(gather(views, task, results), header=header)
     others = {score.title: gather(views, task, results, score) for score in task.beside}
-    return Measured(scores, others, len(views[0].layers))
+    page = None
+    if out is not None:
+        asked_for = views, task, results, "in Python"
+        page = sweep_report.write(path_of(out), scores, others, *asked_for)
+    return Measured(scores, others, len(views[0].layers), page)
 
 
 def evaluate(

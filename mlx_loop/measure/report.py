@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +102,11 @@ def _scores(folder: Path, names: Sequence[str]) -> Scores | None:
 
 
 def write(
-    folder: Path, layers: int, holdout: float | None = None, reference: bool = False
+    folder: Path,
+    layers: int,
+    holdout: float | None = None,
+    reference: bool = False,
+    pictures: bool = True,
 ) -> tuple[Scores, Path]:
     """Write report.md and report.html into a study's folder, with pictures where matplotlib is.
 
@@ -110,24 +114,11 @@ def write(
         layers: of the model; costs are layer passes.
         holdout: a setting is chosen on the other problems and reported on this share of them.
         reference: add the paper's numbers.
+        pictures: draw; it takes seconds.
     """
     scores = read(folder)
-    found, answered = outcomes(scores), len(scores.problems)
-    title = f"{scores.header['model']}: does looping help?"
-    blocks: list[Block] = [Paragraph(title, 1), Paragraph(conclusion(found, answered))]
-    if answered < scores.planned:
-        blocks.append(
-            Paragraph(f"Of {scores.planned} problems {answered} are answered everywhere.")
-        )
-    blocks += [
-        _overall(found, layers, folder / SECONDS),
-        Paragraph(
-            "Scores and differences in per cent, with 95 % intervals over problems; p is exact and "
-            "corrected for the number of settings (Holm). Cost: layer passes of a looped token "
-            "beyond the plain model's. To see: problems that would show this difference with "
-            "80 % power, if it is real."
-        ),
-    ]
+    found, title = outcomes(scores), title_of(scores)
+    blocks = opening(scores, found, _overall(found, layers, folder / SECONDS))
     others = beside(folder)
     if holdout:
         lines = said_held_out(held_out(scores, holdout), others, holdout)
@@ -138,7 +129,7 @@ def write(
     for title, of in others.items():
         blocks += [Paragraph(title.capitalize(), 2), Table(HEADER, rows(outcomes(of), layers))]
     try:
-        blocks += _pictures(scores, folder)
+        blocks += _pictures(scores, folder) if pictures else []
     except UserError as error:
         blocks.append(Paragraph(f"Pictures are missing: {error}."))
     lengths = {f"{n} tokens": [p for p in scores.problems if p[1] == n] for n in scores.lengths()}
@@ -149,49 +140,115 @@ def write(
     blocks += _drift(found, folder / DRIFT)
     if reference:
         blocks += _reference()
-    blocks += [Paragraph("Settings", 2), settings_table(scores.names, scores.settings)]
-    header = [[name, to_json(value)] for name, value in scores.header.items()]
-    blocks += [Paragraph("Configuration", 2), Table(["field", "value"], header, left=["value"])]
-    if runs := [run for run in read_lines(folder / RUNS) if isinstance(run, dict)]:
-        blocks += [Paragraph("Runs", 2), runs_table(runs)]
-    blocks += _answers(scores, folder)
+    runs = [run for run in read_lines(folder / RUNS) if isinstance(run, dict)]
+    blocks += closing(scores, runs)
+    blocks += answers(scores.names, _answered(scores, folder), RESULTS)
     for name, text in (("report.md", markdown(blocks)), ("report.html", page(title, blocks))):
         with whole_file(folder / name, overwrite=True) as scratch:
             scratch.write_text(text, encoding="utf-8")
     return scores, folder / "report.html"
 
 
-def _answers(scores: Scores, folder: Path) -> list[Block]:
-    """Answers side by side, where settings differ in them."""
+# --- What the reports of `evaluate` and `sweep` share ---
+
+
+def title_of(scores: Scores) -> str:
+    return f"{scores.header['model']}: does looping help?"
+
+
+def opening(scores: Scores, found: Sequence[Outcome], table: Table) -> list[Block]:
+    """What was found.
+
+    Args:
+        table: of the outcomes.
+    """
+    answered = len(scores.problems)
+    blocks: list[Block] = [Paragraph(title_of(scores), 1), Paragraph(conclusion(found, answered))]
+    if answered < scores.planned:
+        blocks.append(
+            Paragraph(f"Of {scores.planned} problems {answered} are answered everywhere.")
+        )
+    unit = "per cent" if scores.unit == "%" else scores.unit
+    return [
+        *blocks,
+        table,
+        Paragraph(
+            f"Scores and differences in {unit}, with 95 % intervals over problems; p is exact and "
+            "corrected for the number of settings (Holm). Cost: layer passes of a looped token "
+            "beyond the plain model's. To see: problems that would show this difference with "
+            "80 % power, if it is real."
+        ),
+    ]
+
+
+def closing(scores: Scores, runs: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """What it was found with."""
+    header = [[name, to_json(value)] for name, value in scores.header.items()]
+    blocks: list[Block] = [
+        Paragraph("Settings", 2),
+        settings_table(scores.names, scores.settings),
+        Paragraph("Configuration", 2),
+        Table(["field", "value"], header, left=["value"]),
+    ]
+    return [*blocks, Paragraph("Runs", 2), runs_table(runs)] if runs else blocks
+
+
+class Answered(NamedTuple):
+    """A problem, the answer that was expected, and that of each setting."""
+
+    problem: str
+    expected: str
+    answers: Sequence[str]
+
+
+def answers(names: Sequence[str], found: Sequence[Answered], results: str) -> list[Block]:
+    """Answers side by side, where settings differ in them.
+
+    Args:
+        names: of the settings.
+        results: the file where all of them are.
+    """
+    if not found:
+        return []
+    different = [one for one in found if len(set(one.answers)) > 1]
+    text = f"Of {len(found)} problems {len(different)} have answers that differ. "
+    if len(different) > MOST_ANSWERS:
+        text += f"Here are the first {MOST_ANSWERS}. "
+    rows = [[one.problem, one.expected, *one.answers] for one in different[:MOST_ANSWERS]]
+    header = ["problem", "expected", *names]
+    return [
+        Paragraph("Answers", 2),
+        Paragraph(f"{text}All are in {results}; ✓ is right, ✗ is wrong."),
+        *([Table(header, rows, left=header, search=True)] if rows else []),
+    ]
+
+
+def marked(answer: str, score: Any) -> str:
+    """An answer with a sign of whether it is right."""
+    return {1: "✓ ", 0: "✗ "}.get(score, "") + answer.strip()
+
+
+# --- Of `evaluate` ---
+
+
+def _answered(scores: Scores, folder: Path) -> list[Answered]:
     said: dict[Problem, dict[str, str]] = defaultdict(dict)
     for row in read_rows(folder / RESULTS):
         # Lines of something else are passed over.
         with suppress(TypeError, KeyError):
             answer: Any = row.get("answer", row.get("text"))
             words = answer if isinstance(answer, str) else ", ".join(map(str, answer))
-            score: Any = row.get("score", row.get("right"))
-            mark = {1: "✓ ", 0: "✗ "}.get(score, "")
-            said[row["task"], row["length"], row["index"]][key(row["loop"])] = mark + words.strip()
-    settings = [key(loop) for loop in scores.settings]
-    answered = {
-        p: [said[p].get(name, "") for name in settings] for p in scores.problems if p in said
-    }
-    if not answered:
-        return []
-    different = {p: answers for p, answers in answered.items() if len(set(answers)) > 1}
-    text = f"Of {len(answered)} problems {len(different)} have answers that differ. "
-    if len(different) > MOST_ANSWERS:
-        text += f"Here are the first {MOST_ANSWERS}. "
-    expected = _expected(folder / EXAMPLES)
-    rows = [
-        [" ".join(str(part) for part in p if part is not None), expected.get(p, ""), *answers]
-        for p, answers in list(different.items())[:MOST_ANSWERS]
-    ]
-    header = ["problem", "expected", *scores.names]
+            words = marked(words, row.get("score", row.get("right")))
+            said[row["task"], row["length"], row["index"]][key(row["loop"])] = words
+    settings, expected = [key(loop) for loop in scores.settings], _expected(folder / EXAMPLES)
     return [
-        Paragraph("Answers", 2),
-        Paragraph(f"{text}All are in {RESULTS}; ✓ is right, ✗ is wrong."),
-        *([Table(header, rows, left=header, search=True)] if rows else []),
+        Answered(
+            " ".join(str(part) for part in p if part is not None),
+            expected.get(p, ""),
+            [said[p].get(name, "") for name in settings],
+        )
+        for p in scores.problems
+        if p in said
     ]
 
 

@@ -72,9 +72,8 @@ def _open(path: Path, header: Row) -> list[Row]:
             return []
         found = parsed(text)
         check_header(path, next(found, None), header)
-        whole = text[: text.rfind("\n") + 1]
-        if len(whole) < len(text):
-            os.truncate(path, len(whole.encode()))
+        if cut_off := text[text.rfind("\n") + 1 :]:
+            os.truncate(path, path.stat().st_size - len(cut_off.encode()))
         return [row for row in found if _is_result(row)]
 
 

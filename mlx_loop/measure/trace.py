@@ -19,9 +19,9 @@ from ..errors import UserError
 from ..generation.prompt import check_tokens
 from ..method.routing import expert_changes
 from ..models.looped import Looped
-from ..models.together import logits
+from ..models.together import FEW, logits
 from ..settings import Guard, LoopConfig
-from .comparison import CHUNK, kl
+from .comparison import kl
 from .document import Block, Paragraph, Table
 from .plots import draw_trace
 from .shown import Shown, jsonable
@@ -237,14 +237,9 @@ def trace(model: Looped, tokens: Sequence[int]) -> Trace:
     view = model.with_loop(model.loop)
     view.observer = lambda *loop: seen.append(loop)
     text = mx.array(list(tokens))[None]
-    view(text)
-    # Pass by pass, so that Ctrl-C is heard in between; what is above the window is not needed.
-    for _, evaluations, out in seen:
-        for evaluation in evaluations:
-            mx.eval(evaluation)
-        mx.eval(out)
     loop = model.loop
     assert loop is not None
+    view.in_turn(text, end=loop.layers[-1] + 1)
     changes = expert_changes(model, text) if model.anatomy.mixes_experts else {}
     loops = [
         _loop(model, list(layers), evaluations, out, [changes[i] for i in layers if i in changes])
@@ -295,8 +290,8 @@ def _state(model: Looped, x: mx.array, natural: mx.array) -> State:
     norm, norm_plain = _norm(x), _norm(natural)
     cosine = mx.sum(wide * plain, axis=-1) / (norm * norm_plain)
     lens = []
-    for start in range(0, x.shape[1], CHUNK):
-        chunk = [y[..., start : start + CHUNK, :] for y in (natural, x)]
+    for start in range(0, x.shape[1], FEW):
+        chunk = [y[..., start : start + FEW, :] for y in (natural, x)]
         lens += _floats(kl(*(logits(model, y) for y in chunk)))
     return State(_floats(norm / norm_plain), _floats(cosine), lens)
 

@@ -86,6 +86,7 @@ class Run:
             as if it had been fed alone; None: they see each other.
         firings: counts what the guard does; None: nobody does.
         observer: watches; None: nobody does.
+        in_turn: whether each layer of each pass is computed before the next is called.
     """
 
     model: Any
@@ -95,6 +96,7 @@ class Run:
     past: int | None = None
     firings: Count | None = None
     observer: Observer | None = None
+    in_turn: bool = False
 
     def put_into(self, walk: Walk, loops: bool = True) -> None:
         """Stand in for the window's layers.
@@ -139,7 +141,7 @@ class _Window:
         else:
             n = i - self._part.start
             layer = self._frozen[i].natural if i in self._frozen else self._layers[n]
-            result = apply(layer, self._seen(arguments, n))
+            result = self._apply(layer, self._seen(arguments, n))
         self._results.append(result)
         if i != self._part[-1]:
             return result
@@ -189,7 +191,13 @@ class _Window:
     def _evaluate(self, x: mx.array, between: Between | None = None) -> list[Any]:
         """What the layers return in an evaluation after the natural one."""
         seen = [self._seen(arguments, n) for n, arguments in enumerate(self._calls)]
-        return one_pass(self._part, self._layers, self._where, seen, x, between)
+        return one_pass(self._part, self._layers, self._where, seen, x, between, self._apply)
+
+    def _apply(self, layer: Any, arguments: Arguments) -> Any:
+        found = apply(layer, arguments)
+        if self._run.in_turn:
+            mx.eval(found)
+        return found
 
     def _seen(self, arguments: Arguments, n: int) -> Arguments:
         """A layer's arguments with the caches and the mask of the present evaluation."""
@@ -225,11 +233,13 @@ def one_pass(
     calls: Sequence[Arguments],
     x: mx.array,
     between: Between | None = None,
+    call: Callable[[Any, Arguments], Any] = apply,
 ) -> list[Any]:
     """What the layers of a part return, of the state x.
 
     Args:
         calls: what each is called with, but for the state and what layers of the part hand on.
+        call: calls a layer.
     """
     results: list[Any] = []
     for n, (layer, place) in enumerate(zip(layers, where, strict=True)):
@@ -237,7 +247,7 @@ def one_pass(
         for name, (source, number) in place.feeds.items():
             if source in part:
                 arguments[name] = results[source - part.start][number]
-        results.append(apply(layer, arguments))
+        results.append(call(layer, arguments))
         x = stream(results[-1])
         if between is not None:
             x = between(n, x)

@@ -106,16 +106,22 @@ def expert_changes(model: Any, tokens: mx.array) -> dict[int, list[float]]:
         For each layer of the window that has experts, by its number: for each later pass the
         share of tokens, 0 to 1.
     """
-    layers = model.anatomy.layers
-    chosen: dict[int, list[mx.array]] = {i: [] for i in model.loop.layers if layers[i].routers}
-    watched = {
-        layers[i].path: watch_experts(model.layers[i], sets.append) for i, sets in chosen.items()
-    }
+    layers = model.anatomy.layers[: model.loop.layers[-1] + 1]
+    chosen: dict[int, list[mx.array]] = {i: [] for i, where in enumerate(layers) if where.routers}
+
+    def watched(i: int) -> nn.Module:
+        def keep(indices: mx.array) -> None:
+            mx.eval(indices)  # Layer by layer, so that Ctrl-C is heard in between.
+            chosen[i].append(indices)
+
+        return watch_experts(model.layers[i], keep)
+
     live = model.with_loop(replace(model.loop, routing="live"))
-    with_layers(live, watched)(tokens)
+    with_layers(live, {layers[i].path: watched(i) for i in chosen})(tokens)
     changes = {}
-    for i, passes in chosen.items():
-        if not passes:  # Experts of a kind that cannot be watched.
+    for i in model.loop.layers:
+        passes = chosen.get(i)
+        if not passes:  # Experts of a kind that cannot be watched, or none.
             continue
         natural, *later = (mx.sort(indices, axis=-1) for indices in passes)
         changes[i] = [float(mx.mean(mx.any(sets != natural, axis=-1))) for sets in later]

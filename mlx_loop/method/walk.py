@@ -47,6 +47,19 @@ class Walk:
 
         return kept
 
+    def in_turn(self, layers: Iterable[int]) -> None:
+        """Compute what each of these layers, or its stand-in, returns before the next is called."""
+        for i in layers:
+            self.put(i, self._computed(self._calls.get(i, self._model.layers[i])))
+
+    def _computed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def computed(*args: Any, **kwargs: Any) -> Any:
+            found = call(*args, **kwargs)
+            mx.eval(found)
+            return found
+
+        return computed
+
     def end_after(self, i: int) -> None:
         """No layer after layer i runs, and `run` gives None."""
         call = self._calls.get(i, self._model.layers[i])

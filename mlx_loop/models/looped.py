@@ -20,7 +20,7 @@ from mlx_lm.models.cache import KVCache
 
 from .. import upstream
 from ..errors import UserError
-from ..method.anatomy import Anatomy, at, survey
+from ..method.anatomy import Anatomy, at, stream, survey
 from ..method.cache import limited, repeated, tokens_seen
 from ..method.guard import Count
 from ..method.loop import Observer, Run
@@ -291,6 +291,28 @@ class Looped(nn.Module):
         if self.here is not None and (loops or histories.per_layer(self) > 1):
             self.run(cache).put_into(walk, loops)
         return walk.run(tokens, histories.faces(self, cache), **kwargs)
+
+    def in_turn(self, tokens: mx.array, end: int | None = None) -> mx.array:
+        """The residual stream after the layers, each computed before the next is called.
+
+        What is computed in one go hears no Ctrl-C, and a long text would take many seconds of it.
+
+        Args:
+            tokens: (batch, length), int; all of them loop.
+            end: after the layers before this one, the window among them; None: after all.
+
+        Returns:
+            (batch, length, hidden); `together.logits` makes logits of it.
+        """
+        walk, layers = self.walk(), range(len(self.layers) if end is None else end)
+        results: dict[int, Any] = {}
+        if self.here is not None:
+            self.run(None, in_turn=True).put_into(walk)
+        walk.in_turn(layers)
+        walk.keep(layers[-1:], results)
+        walk.end_after(layers[-1])
+        walk.run(tokens, None)
+        return stream(results[layers[-1]])
 
     def walk(self) -> Walk:
         """A forward pass of mlx-lm's own model, to put stand-ins into."""

@@ -17,6 +17,9 @@ from ..upstream import restore, snapshot
 from . import histories
 from .looped import Looped
 
+# Tokens whose logits are computed at a time, where Ctrl-C is to be heard in between.
+FEW = 16
+
 
 def states(
     views: Sequence[Looped], tokens: mx.array, caches: Sequence[list[Any]] | None = None

@@ -168,11 +168,11 @@ class Chat(Session):
         self.tell_of_system()
 
     @command("", "forget the conversation")
-    def reset(self, _: str) -> None:
+    def clear(self, _: str) -> None:
         self.conversation.reset()
         out.print("a new conversation", style="dim")
 
-    clear = Command(reset.run)
+    reset = Command(clear.run)
 
     @command("FILE", "write the conversation as JSON; empty: to its own file again")
     def save(self, argument: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from .. import __version__, several
 from ..errors import INTERRUPTED, LOST, UNREAD, USER_ERROR, UserError, suggestion
-from ..foreign import one_line, visible
+from ..foreign import TEXT, one_line, visible
 from .options import SEVERAL, check_idle
 
 # Modules of `commands`, each with a SUMMARY, EXAMPLES, `add_options` and `run`.
@@ -214,7 +214,7 @@ def _open_streams() -> None:
         setattr(sys, name, open(handle, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, _SHOWN), (sys.stderr, _SHOWN)):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8" if stream is sys.stdin else None, errors=errors)
+            stream.reconfigure(encoding=TEXT if stream is sys.stdin else None, errors=errors)
     if "stdout" in closed:
         raise UserError("standard output is closed: the answer has nowhere to go")
 

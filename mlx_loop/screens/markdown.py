@@ -16,9 +16,10 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.control import Control
 from rich.live import Live
 from rich.markdown import CodeBlock, Heading, Markdown
-from rich.segment import Segment
+from rich.segment import ControlType, Segment
 from rich.styled import Styled
 from rich.syntax import Syntax
 from rich.text import Text
@@ -67,6 +68,7 @@ class Rendering:
         self._open, self._gap = "", False
         self._titled = False
         self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._drawn = _End("")
         self._now_and_then = NowAndThen()
 
     def __enter__(self) -> Rendering:
@@ -78,6 +80,7 @@ class Rendering:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._update(_End(""))
         self._live.stop()
         self._print(self._open)
 
@@ -101,12 +104,21 @@ class Rendering:
             self._print("\n".join(lines[:last]))
             self._gap = self._gap and not is_item
             self._open = "\n".join(lines[last:])
-            self._live.update(_End(self._page(self._open)), refresh=True)
+            self._update(_End(self._page(self._open)))
+
+    def _update(self, end: _End) -> None:
+        """Draw what may still change in the place of what was drawn."""
+        # A terminal that became narrower has wrapped that, into more lines than `Live` erases.
+        more = sum(max(width - 1, 0) // self._console.width for width in self._drawn.widths)
+        line = (ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2)
+        self._console.control(Control(ControlType.CARRIAGE_RETURN, *line * more))
+        self._drawn = end
+        self._live.update(end, refresh=True)
 
     def _print(self, text: str) -> None:
         if text.strip():
             # What is printed is no longer open.
-            self._live.update("", refresh=True)
+            self._update(_End(""))
             self._console.print(self._page(text))
             self._gap, self._titled = True, self._thinking
 
@@ -131,14 +143,20 @@ def _last_part(tokens: Sequence[Token]) -> tuple[int, bool]:
 
 
 class _End:
-    """As much of the end of a page as the screen has room for."""
+    """As much of the end of a page as the screen has room for.
+
+    Attributes:
+        widths: of the lines that were drawn.
+    """
 
     def __init__(self, page: RenderableType):
-        self._page = page
+        self._page, self.widths = page, list[int]()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(self._page, options.update(height=None), pad=False)
-        for line in lines[1 - max(options.size.height, 2) :]:
+        lines = lines[1 - max(options.size.height, 2) :]
+        self.widths = [Segment.get_line_length(line) for line in lines]
+        for line in lines:
             yield from line
             yield Segment.line()
 

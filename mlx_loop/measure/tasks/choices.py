@@ -100,6 +100,11 @@ class Choices(Task):
                 for i, likelihoods in enumerate(found)
             ]
 
+    def told(self, item: Row, row: Row) -> tuple[str, str, str]:
+        choices, likelihoods = item["choices"], row["log_p_of_choices"]
+        chosen = likelihoods.index(max(likelihoods))
+        return item["question"], choices[item["answer"]], choices[chosen]
+
 
 @dataclass(frozen=True)
 class ChatChoices(Choices):

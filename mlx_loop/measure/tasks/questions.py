@@ -61,6 +61,9 @@ class Questions(Answers):
     def judge(self, item: Row, text: str) -> Row:
         return {"right": int(is_right(item, text)), "text": text}
 
+    def told(self, item: Row, row: Row) -> tuple[str, str, str]:
+        return item["messages"][-1]["content"], item["answer"], row["text"]
+
 
 def is_right(question: Row, text: str) -> bool:
     """Exact match; an answer of the skill `fallback` needs only to begin as expected."""

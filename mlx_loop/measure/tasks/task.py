@@ -109,6 +109,10 @@ class Task:
         """Results of a batch under each view; those that come at the same time in one list."""
         raise NotImplementedError
 
+    def told(self, item: Row, row: Row) -> tuple[str, str, str] | None:
+        """The question, the right answer and that of a result; None: there are no answers."""
+        return None
+
 
 class Answers(Task):
     """A task of prompts that are answered greedily."""

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             for title, speed in zip(titles, speeds, strict=True):
                 said = ", ".join(f"{name}={value:.3f}" for name, value in vars(speed).items())
                 err.print(f"Trial {number}, {title}:  {said}", style="dim", soft_wrap=True)
-    header = ["setting", "cost", "prompt, tokens/s", "ratio", "generation, tokens/s", "ratio", "GB"]
+    header = ["setting", "cost", "prompt tokens/s", "ratio", "generated tokens/s", "ratio", "GB"]
     rows = []
     for view, title, mine in zip(views, titles, zip(*trials, strict=True), strict=True):
         row = [title, "" if view.is_unlooped else extra_cost(view)]

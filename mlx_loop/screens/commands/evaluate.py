@@ -142,7 +142,8 @@ def run(args: argparse.Namespace) -> int:
         err.print("stopped; the same command goes on from here", style="yellow")
     layers = len(views[0].layers)
     try:
-        scores, page = write(folder, layers, args.holdout, args.reference)
+        # Ctrl-C is not to wait for pictures.
+        scores, page = write(folder, layers, args.holdout, args.reference, pictures=finished)
     except UserError:
         if finished:
             raise

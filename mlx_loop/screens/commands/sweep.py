@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ EXAMPLES = """examples:
   mlx_loop sweep --task mine.jsonl --window 3:7,4:8,5:9 --loops 2,4,8 --integrator euler,anchored
   mlx_loop sweep --task choices:arc_easy.jsonl,choices:openbookqa.jsonl --loops 2,3,4 --best
   mlx_loop sweep --text book.txt --loops 2,3,4
+FILE.html beside the results shows them, with the answers that differ.
 Ctrl-C keeps the results so far; the same command goes on from there."""
 
 DEFAULT_AXES: dict[str, list[Any]] = {"loops": [2, 4], "integrator": ["euler", "anchored"]}
@@ -67,12 +68,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ...measure.outcome import best, conclusion, held_out, outcomes, said_held_out
-    from ...measure.plots import check, draw_windows, save
+    from ...measure.plots import check, save
     from ...measure.results import Results, fingerprint
     from ...measure.study import complete, gather
+    from ...measure.sweep_report import drawing, means, page_of, write
     from ...measure.tasks import FROM_FILES, files_of, kind_of, read_tasks, split_names
     from ..measuring import load_views, measuring
-    from ..terminal import err, out
+    from ..terminal import command_line, err, out
 
     names = [f"text:{args.text}"] if args.task is None else split_names(args.task)
     of_kind = kind_of(names)
@@ -89,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     asked = {name: value for name, value in asked.items() if value is not None}
     data = [fingerprint(path) for path in files_of(names)]
     out_file = path_of(args.out)
-    several.from_first(lambda: check_file(out_file))
+    for file in (out_file, page_of(out_file)):
+        several.from_first(partial(check_file, file))
     if args.plot is not None:
         several.from_first(lambda: check(path_of(args.plot)))
     views, tokenizer = load_views(args, DEFAULT_AXES)
@@ -115,19 +118,15 @@ def run(args: argparse.Namespace) -> int:
         )
     if not items:
         return INTERRUPTED
-    scores = gather(views, task, results)
+    scores = replace(gather(views, task, results), header=header)
     others = {score.title: gather(views, task, results, score) for score in task.beside}
-    means = [
-        [_mean([results.of(view.loop, item)[name] for item in items]) for name in task.also]
-        for view in views
-    ]
     show = err if args.best else out
     _show(
         show,
         [TITLES.get(task.score, task.score), *task.also],
         scores,
         others,
-        means,
+        means(views, task, results),
         len(views[0].layers),
     )
     found = outcomes(scores)
@@ -137,14 +136,16 @@ def run(args: argparse.Namespace) -> int:
     elif best(found) is not None and not args.best:
         show.print("The best of many looks better than it is: --best confirms it on other items.")
     if args.plot is not None:
-        what = "right answers" if task.score == "right" else task.score
-        draw = partial(draw_windows, found, f"{args.model}: {what}")
-        files = save(path_of(args.plot), draw)
+        files = save(path_of(args.plot), drawing(scores, task))
         err.print(f"drawn in {files[0]} and, for dark pages, {files[1]}")
+    held = held_out(scores, 0.5) if args.best else None
+    chosen = said_held_out(held, others, 0.5) if args.best else []
+    for line in chosen:
+        show.print(line)
+    if finished:  # A page with its picture would take its time after Ctrl-C.
+        page = write(out_file, scores, others, views, task, results, command_line(), chosen)
+        err.print(f"the whole report: {page}", soft_wrap=True)
     if args.best:
-        held = held_out(scores, 0.5)
-        for line in said_held_out(held, others, 0.5):
-            show.print(line)
         won = held is not None and held.winner.verdict == "better"
         print(python(held.winner.loop if held and won else None))
     return 0 if finished else INTERRUPTED
@@ -155,19 +156,20 @@ def _show(
     titles: Sequence[str],
     scores: Scores,
     others: Mapping[str, Scores],
-    means: Sequence[Sequence[str]],
+    more: Sequence[Sequence[str]],
     layers: int,
 ) -> None:
     """Tables of the score, of the other ones, and of each file.
 
     Args:
-        titles: of the score, and of `means`: more columns, for each setting.
+        titles: of the score, and of `more`: more columns, for each setting.
     """
     from ...measure.outcome import HEADER, outcomes, rows
     from ...measure.report import by
     from ..measuring import table
 
-    cells = [[*row, *more] for row, more in zip(rows(outcomes(scores), layers), means, strict=True)]
+    every = zip(rows(outcomes(scores), layers), more, strict=True)
+    cells = [[*row, *last] for row, last in every]
     score, *also = titles
     show.print(table([*HEADER[:2], score, *HEADER[3:], *map(str.upper, also)], cells))
     for title, of in others.items():
@@ -176,10 +178,6 @@ def _show(
     if len(files) > 1:
         shown = by(scores, files)
         show.print(f"\n{score}, by file", table(shown.header, shown.rows))
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.2g}"
 
 
 def python(loop: LoopConfig | None) -> str:
