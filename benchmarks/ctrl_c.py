@@ -31,7 +31,7 @@ import pexpect
 from rich.console import Console
 from rich.progress import track
 
-# About 13 000 tokens of the demo's, 5 000 of most models'.
+# 7630 tokens of the demo's.
 BOOK = " ".join(f"The {n}th day was long and the sea was grey." for n in range(430))
 STORY = ["--prompt", "Tell me a story.", "--max-tokens", "3000"]
 COMMANDS = {
