@@ -91,8 +91,9 @@ def run(args: argparse.Namespace) -> int:
     asked = {name: value for name, value in asked.items() if value is not None}
     data = [fingerprint(path) for path in files_of(names)]
     out_file = path_of(args.out)
-    for file in (out_file, page_of(out_file)):
-        several.from_first(partial(check_file, file))
+    several.from_first(lambda: check_file(out_file))
+    # A place that is none has no page.
+    several.from_first(lambda: check_file(page_of(out_file)))
     if args.plot is not None:
         several.from_first(lambda: check(path_of(args.plot)))
     views, tokenizer = load_views(args, DEFAULT_AXES)
