@@ -96,12 +96,11 @@ def test_a_prompt_is_that_of_an_independent_loop(model, scope):
     assert relative_error(model(TEXT), expected) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("policy", "scope"), [("first", "block"), ("last", "block"), ("last", "layer")]
-)
-def test_decoding_is_that_of_an_independent_loop(model, policy, scope):
-    loop = LoopConfig(window=WINDOW, loops=2, beta=0.3, cache=policy, routing="live", scope=scope)
-    if policy == "last" and scope == "block" and model.model_type in NO_LAST:
+@pytest.mark.parametrize("policy", ["first", "last"])
+def test_decoding_is_that_of_an_independent_loop(model, policy):
+    # In layer scope: tests/test_cache.py and test_loop.py, on one type of each kind.
+    loop = LoopConfig(window=WINDOW, loops=2, beta=0.3, cache=policy, routing="live")
+    if policy == "last" and model.model_type in NO_LAST:
         with pytest.raises(UserError, match="cache='last' does not work with window"):
             model.with_loop(loop)
         return
@@ -111,9 +110,8 @@ def test_decoding_is_that_of_an_independent_loop(model, policy, scope):
     assert relative_error(fed(looped, (PROMPT, 2)), expected) < 1e-5
 
 
-@pytest.mark.parametrize("scope", ["block", "layer"])
-def test_own_gives_the_same_logits_however_the_text_is_fed(model, scope):
-    looped = model.with_loop(LoopConfig(window=WINDOW, loops=3, scope=scope, cache="own"))
+def test_own_gives_the_same_logits_however_the_text_is_fed(model):
+    looped = model.with_loop(LoopConfig(window=WINDOW, loops=3, cache="own"))
     whole = fed(looped, (TEXT.shape[1],))
     error = relative_error(fed(looped, (5, 4)), whole)
     assert (error < 1e-4) != (model.model_type in UNLIKE_IN_PIECES)

@@ -35,7 +35,7 @@ from mlx_loop.models.pipeline import into_stages
 
 group = mx.distributed.init()
 found = {}
-policies = ("first", "last", "own")
+policies = ("first", "last", "own")[: 3 if group.size() == 2 else 1]
 for asked in sys.argv[1:]:
     name, _, pipeline = asked.partition("/")
     mx.random.seed(0)  # Biases are drawn before `make` seeds.
@@ -104,8 +104,10 @@ def assert_ends(processes, command):
     second.communicate()
     assert time.monotonic() - began < 30
     assert first.returncode == 3
-    said = [line for line in err.splitlines() if not line.startswith("[ring]")]
-    assert said == [f"mlx_loop {command}: error: another machine has gone, so this one ends too"]
+    # MLX's own lines come from another thread, and stand between and within ours.
+    assert f"mlx_loop {command}: error: another machine has gone, so this one ends too" in err
+    assert err.count("mlx_loop") == 1
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,7 @@ def test_who_waits_in_vain_is_ended_and_nobody_else(meanwhile, ends, monkeypatch
 
     def watch():
         with suppress(EOFError):
-            several._watch([here], leave, patience=0.4)
+            several._watch([here], leave, patience=0.3)
 
     def leave():
         gone.set()
@@ -289,7 +291,7 @@ def test_who_waits_in_vain_is_ended_and_nobody_else(meanwhile, ends, monkeypatch
     assert not gone.wait(0.7)
     there.close()
     began = time.monotonic()
-    while time.monotonic() - began < 4 and not gone.is_set():
+    while time.monotonic() - began < 2 and not gone.is_set():
         if meanwhile != "computes":
             gone.wait(0.1)
     assert gone.is_set() == ends
