@@ -78,8 +78,8 @@ class Batch(server.ResponseGenerator):
         batches: whether requests to the model of a name can be in a batch.
         whole: whether its prompts are processed in one piece, rather than cut where their caches
             are worth keeping.
-        is_full: for a batch that takes requests to any model, whether it can hold no more of
-            them; None: a batch for one model at a time.
+        most: requests that a batch holds that takes them to any model; None: a batch for one
+            model at a time.
     """
 
     lost: RuntimeError | None = None
@@ -93,11 +93,12 @@ class Batch(server.ResponseGenerator):
         stream: Callable[..., Stream],
         batches: Callable[[str], bool],
         whole: Callable[[str], bool],
-        is_full: Callable[[], bool] | None,
+        most: int | None,
     ):
         self._turns, self._admit, self._alone_stream = turns, admit, stream
-        self._batches, self._whole, self._is_full = batches, whole, is_full
-        self.shared = is_full is not None
+        self._batches, self._whole, self._most = batches, whole, most
+        self.shared = most is not None
+        self._held: list[_Asker] = []
         # The thread starts here, and asks for its budget of time after its first request.
         super().__init__(provider, kept)
         self._time_budget = _OneStep(turns)  # type: ignore[assignment]
@@ -121,15 +122,25 @@ class Batch(server.ResponseGenerator):
             mx.clear_streams()
 
     def _next_request(self, timeout: float | None = None) -> Any:
-        if self._is_full is not None and self._is_full():
-            # Those that wait here are taken in turn; in the batch's own queue they would not be.
-            time.sleep(timeout or 0)
-            return None
+        if self._most is not None:
+            return self._next_in_turn(self._most, timeout)
         request = super()._next_request(timeout)
         if request is None or request[1] != _END:
             return request
         self._stop = True
         return None
+
+    def _next_in_turn(self, most: int, timeout: float | None) -> Any:
+        self._held = [asker for asker in self._held if asker.is_under_way]
+        if len(self._held) >= most:
+            # Those that wait here are taken in turn; in the batch's own queue they would not be.
+            time.sleep(timeout or 0)
+            return None
+        request = super()._next_request(timeout)
+        if request is None:
+            return None
+        self._held.append(_Asker(request[0]))
+        return self._held[-1], *request[1:]
 
     def stop_and_join(self) -> None:
         if not self._is_distributed:
@@ -196,6 +207,25 @@ class _Queue:
 
     def _stop(self) -> None:
         self.gone = True
+
+
+class _Asker:
+    """The way to one who asked."""
+
+    def __init__(self, queue: Any):
+        self._queue, self._ended = queue, False
+        self._context: server.GenerationContext | None = None
+
+    def put(self, item: Any) -> None:
+        if isinstance(item, server.GenerationContext):
+            self._context = item
+        self._ended = self._ended or item is None or isinstance(item, Exception)
+        self._queue.put(item)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the answer has not ended, and is still wanted."""
+        return not self._ended and not (self._context and self._context._should_stop)
 
 
 class _ByModel(queue.Queue[Any]):

@@ -99,7 +99,7 @@ def test_a_prompt_is_that_of_an_independent_loop(model, scope):
 @pytest.mark.parametrize("policy", ["first", "last"])
 def test_decoding_is_that_of_an_independent_loop(model, policy):
     # In layer scope: tests/test_cache.py and test_loop.py, on one type of each kind.
-    loop = LoopConfig(window=WINDOW, loops=2, beta=0.3, cache=policy, routing="live")
+    loop = LoopConfig(window=WINDOW, loops=2, beta=0.3, cache=policy, routing="live", scope="block")
     if policy == "last" and model.model_type in NO_LAST:
         with pytest.raises(UserError, match="cache='last' does not work with window"):
             model.with_loop(loop)

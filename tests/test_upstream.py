@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+import queue
 import re
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -290,7 +291,7 @@ def asked(batch, **changes):
 
 
 @contextmanager
-def serving(batches, admit=lambda *_: None, stream=None, turns=None, is_full=None):
+def serving(batches, admit=lambda *_: None, stream=None, turns=None, most=None):
     batch = upstream_server.Batch(
         OneModel(batches),
         LRUPromptCache(),
@@ -299,7 +300,7 @@ def serving(batches, admit=lambda *_: None, stream=None, turns=None, is_full=Non
         stream,
         batches=lambda name: batches,
         whole=lambda name: True,
-        is_full=is_full,
+        most=most,
     )
     try:
         yield batch
@@ -362,13 +363,26 @@ def test_a_shared_batch_makes_the_cache_of_a_request_after_admitting_it():
     def admit(request, args, tokens):
         events.append(args.model.model)
 
-    with serving(True, admit, is_full=lambda: False) as batch:
+    with serving(True, admit, most=4) as batch:
         batch.prompt_cache.max_size = 0
         model = batch.model_provider.model
         model.make_cache = lambda: events.append("cache") or [KVCache() for _ in model.layers]
         for name in ("a", "b", "a"):
             asked(batch, model=server.ModelDescription(name, None, None))
     assert events == ["a", "cache", "b", "cache", "a", "cache"]
+
+
+def test_a_request_is_under_way_until_it_ends_or_nobody_wants_it():
+    # What _generate puts, and GenerationContext._should_stop
+    with serving(True, most=1) as batch:
+        assert len(asked(batch)) == len(asked(batch)) == 4
+        assert not any(asker.is_under_way for asker in batch._held)
+    waiting = queue.Queue()
+    asker = upstream_server._Asker(waiting)
+    asker.put(server.GenerationContext(False, False, None, None, [], 0))
+    assert asker.is_under_way
+    waiting.get().stop()
+    assert not asker.is_under_way
 
 
 def test_requests_to_each_model_are_taken_in_turn():

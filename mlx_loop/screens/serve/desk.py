@@ -255,7 +255,6 @@ class Desk:
         latest: tuple[GenerationArguments, list[int]]
         model = self.names.view(self.names.name)
         mixed = Mixed(model) if shared else None
-        needs: dict[int, int] = {}
 
         def admit(request: CompletionRequest, args: GenerationArguments, tokens: list[int]) -> None:
             nonlocal latest
@@ -263,9 +262,6 @@ class Desk:
             latest = args, tokens
             if mixed is not None:
                 mixed.loop = self.names.view(args.model.model).here
-
-        def is_full() -> bool:
-            return len(needs) >= self.cli_args.decode_concurrency
 
         def name_of(loop: ResolvedLoop | None) -> str:
             return self.names.canonical(model.with_loop(loop))
@@ -276,9 +272,8 @@ class Desk:
         provider = Provider(self._batch_args, self.names, self.tokenizer, mixed)
         of_name = provider.batches, provider.takes_whole
         kept: Any = self.kept if mixed is None else SharedCaches(self.kept, mixed, name_of)
-        full = is_full if shared else None
-        batch = Batch(provider, kept, self.turns, admit, alone, *of_name, full)
-        setting = _Setting(batch, needs=needs)
+        most = self.cli_args.decode_concurrency if shared else None
+        setting = _Setting(Batch(provider, kept, self.turns, admit, alone, *of_name, most))
         return setting
 
     def _admit(
