@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm import server
 from mlx_lm.generate import GenerationResponse
-from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 
 from . import several
 
@@ -100,7 +100,7 @@ class Batch(server.ResponseGenerator):
         self.shared = most is not None
         self._held: list[_Asker] = []
         # The thread starts here, and asks for its budget of time after its first request.
-        super().__init__(provider, kept)
+        super().__init__(provider, _Fed(kept))  # type: ignore[arg-type]
         self._time_budget = _OneStep(turns)  # type: ignore[assignment]
         if self.shared:
             self.requests = _ByModel()
@@ -207,6 +207,28 @@ class _Queue:
 
     def _stop(self) -> None:
         self.gone = True
+
+
+class _Fed:
+    """Caches of earlier prompts, of which the last token goes in again: a batch has to be fed."""
+
+    def __init__(self, kept: LRUPromptCache):
+        self._kept = kept
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+        cache, rest = self._kept.fetch_nearest_cache(model, tokens)
+        if cache is None or rest:
+            return cache, rest
+        if can_trim_prompt_cache(cache):
+            trim_prompt_cache(cache, 1)
+            return cache, tokens[-1:]
+        return None, tokens
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kept, name)
 
 
 class _Asker:

@@ -364,7 +364,7 @@ def test_a_shared_batch_makes_the_cache_of_a_request_after_admitting_it():
         events.append(args.model.model)
 
     with serving(True, admit, most=4) as batch:
-        batch.prompt_cache.max_size = 0
+        batch.prompt_cache._kept.max_size = 0
         model = batch.model_provider.model
         model.make_cache = lambda: events.append("cache") or [KVCache() for _ in model.layers]
         for name in ("a", "b", "a"):

@@ -42,6 +42,12 @@ class Settings:
     def extract(self, i: int) -> Settings:
         return Settings([self.rows[i]])
 
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, tokens: int) -> int:
+        return tokens
+
     def prepare(self, **kwargs: Any) -> None:
         """Padding is nothing to them."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
-from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import CompletionRequest, GenerationArguments, ModelProvider
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -60,14 +60,7 @@ class KeptCaches(LRUPromptCache):
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         with self._lock:
-            cache, rest = super().fetch_nearest_cache(model, tokens)
-        if cache is None or rest:
-            return cache, rest
-        # mlx-lm's batch has to be fed something: the last token goes in again.
-        if can_trim_prompt_cache(cache):
-            trim_prompt_cache(cache, 1)
-            return cache, tokens[-1:]
-        return None, tokens
+            return super().fetch_nearest_cache(model, tokens)
 
     def insert_cache(self, *args: Any, **kwargs: Any) -> None:
         with self._lock:
