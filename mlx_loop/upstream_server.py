@@ -209,11 +209,21 @@ class _Queue:
         self.gone = True
 
 
-class _Fed:
-    """Caches of earlier prompts, of which the last token goes in again: a batch has to be fed."""
+class CachesOf:
+    """Caches of earlier prompts as somebody is to see them; all that is not said here is theirs."""
 
-    def __init__(self, kept: LRUPromptCache):
+    def __init__(self, kept: Any):
         self._kept = kept
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kept, name)
+
+
+class _Fed(CachesOf):
+    """Of a prompt that is wholly kept the last token goes in again: a batch has to be fed."""
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         cache, rest = self._kept.fetch_nearest_cache(model, tokens)
@@ -224,25 +234,19 @@ class _Fed:
             return cache, tokens[-1:]
         return None, tokens
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._kept, name)
-
 
 class _Asker:
     """The way to one who asked."""
 
-    def __init__(self, queue: Any):
-        self._queue, self._ended = queue, False
+    def __init__(self, to: Any):
+        self._to, self._ended = to, False
         self._context: server.GenerationContext | None = None
 
     def put(self, item: Any) -> None:
         if isinstance(item, server.GenerationContext):
             self._context = item
         self._ended = self._ended or item is None or isinstance(item, Exception)
-        self._queue.put(item)
+        self._to.put(item)
 
     @property
     def is_under_way(self) -> bool:

@@ -7,6 +7,7 @@ row goes: mlx-lm merges, extends, filters and splits the caches of a batch entry
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -69,6 +70,8 @@ class Mixed:
 
     def __init__(self, model: Looped):
         self._model = model
+        # A view checks its settings, which is not to be done for every token.
+        self._view = lru_cache(maxsize=64)(model.with_loop)
         self.layers = model.layers
 
     @staticmethod
@@ -80,14 +83,14 @@ class Mixed:
 
     def make_cache(self) -> list[Any]:
         """An empty cache of one row."""
-        return [*self._model.with_loop(None).new_cache(), Settings([self.loop])]
+        return [*self._view(None).new_cache(), Settings([self.loop])]
 
     def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
         """Tokens (batch, length), int -> logits (batch, length, vocab), model dtype."""
         *entries, settings = cache
         first, *others = set(settings.rows)
         if not others:
-            return self._model.with_loop(first)(tokens, cache=entries)
+            return self._view(first)(tokens, cache=entries)
         walk = self._model.walk()
         put_into(walk, self._model, settings.rows)
         return walk.run(tokens, entries)

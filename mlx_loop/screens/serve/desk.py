@@ -32,7 +32,7 @@ from ...models.looped import Looped
 from ...models.mixed import Mixed, Settings
 from ...settings import ResolvedLoop
 from ...upstream import hugging_face
-from ...upstream_server import Batch
+from ...upstream_server import Batch, CachesOf
 from .grammar import Grammars
 from .names import Names
 from .turns import Turns
@@ -71,7 +71,7 @@ class KeptCaches(LRUPromptCache):
             super().trim_to(**kwargs)
 
 
-class SharedCaches:
+class SharedCaches(CachesOf):
     """The kept caches, for a batch whose rows' settings are in theirs (`Mixed`).
 
     Args:
@@ -84,7 +84,8 @@ class SharedCaches:
         mixed: Mixed,
         name_of: Callable[[ResolvedLoop | None], str],
     ):
-        self._kept, self._mixed, self._name_of = kept, mixed, name_of
+        super().__init__(kept)
+        self._mixed, self._name_of = mixed, name_of
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         loop = self._mixed.loop
@@ -94,12 +95,6 @@ class SharedCaches:
     def insert_cache(self, model: Any, tokens: list[int], cache: list[Any], **more: Any) -> None:
         *entries, settings = cache
         self._kept.insert_cache(_key(self._name_of(settings.rows[0])), tokens, entries, **more)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._kept, name)
 
 
 class Provider(ModelProvider):
