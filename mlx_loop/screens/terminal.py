@@ -20,6 +20,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -180,6 +181,7 @@ def progress_bar(unit: str = "", count: ProgressColumn | None = None) -> Progres
         count: how it is counted, else `3/10`.
     """
     return Progress(
+        SpinnerColumn(),  # Alive before the first of what is counted.
         TextColumn("{task.description}"),
         BarColumn(),
         count or MofNCompleteColumn(),

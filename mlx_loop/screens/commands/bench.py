@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     out.print(table(header, rows))
     out.print(
         f"{args.model}, {args.prompt_tokens} prompt tokens, {args.generation_tokens} generated, "
-        f"batch {args.batch_size}, {args.num_trials} trials; mlx {version('mlx')}, "
-        f"{machine()}",
+        f"batch {args.batch_size}, {args.num_trials} trial{'s' * (args.num_trials > 1)}; "
+        f"mlx {version('mlx')}, {machine()}",
         style="dim",
     )
     return 0
