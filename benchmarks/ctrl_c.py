@@ -5,10 +5,11 @@
 
 Each command runs in a folder and a process of its own, and hears SIGINT at a moment that is drawn
 between its first half second, in which Python itself starts, and its end, or `--longest` seconds
-where it takes longer. Timed is from there to
-the end of the process: `chat` and `compare on a terminal` go on, so of them it is to the line that
-says that the answer was stopped. `status` counts the exit statuses, 130 being that of Ctrl-C. A
-trace of Python's on the screen is an error, and is shown. Needs the `test` extra.
+where it takes longer. Timed is from there to the end of the process: `chat` and `compare on a
+terminal` go on, so of them it is to the line that says that the answer was stopped. `status` counts
+the exit statuses, 130 being that of Ctrl-C, and 0 that of a command that had said all and whose
+memory was just taken back. A trace of Python's on the screen is an error, and is shown. Needs the
+`test` extra.
 """
 
 from __future__ import annotations
