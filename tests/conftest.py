@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,6 +12,11 @@ from tries import shared
 
 from mlx_loop import LoopConfig
 from mlx_loop.models import get_classes
+
+# What is started with `&` or `nohup` ignores them, and so would the programs that tests start.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 # Settings side by side, with windows that differ: each key/value policy, each kind of `decode`.
 SIDE_BY_SIDE = [

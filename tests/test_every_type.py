@@ -36,7 +36,7 @@ REFUSED = {
 LOOPING = [name for name in TYPES if name not in REFUSED]
 WINDOW = (2, 6)
 # Longer than the sliding windows and chunks of eight tokens.
-TEXT = tokens(1, 14)
+TEXT = tokens(1, 13)
 PROMPT = 9
 # Their last layers use the keys of two layers in the window.
 NO_LAST = {"gemma4", "gemma4_text"}
@@ -81,7 +81,7 @@ def test_a_model_whose_own_forward_pass_fails_says_so():
 def test_off_and_one_loop_are_mlx_lm_to_the_bit(model):
     expected = fed(plain(model), (PROMPT,))
     assert mx.array_equal(fed(model, (PROMPT,)), expected)
-    for policy in ("first", "last", "own"):
+    for policy in ("first", "own"):  # All three: tests/test_loop.py, on one type of each kind.
         one = model.with_loop(LoopConfig(loops=1, cache=policy))
         assert mx.array_equal(fed(one, (PROMPT,)), expected)
 
@@ -130,7 +130,7 @@ def test_a_batch_of_prompts_of_different_lengths(model):
     prompts = [TEXT[0, :9].tolist(), TEXT[0, 3:8].tolist()]
 
     def answers(view, prompts):
-        found = batch_generate(view, Tokenizer(), prompts, max_tokens=4, return_token_ids=True)
+        found = batch_generate(view, Tokenizer(), prompts, max_tokens=3, return_token_ids=True)
         return found.token_ids
 
     def alone(view):

@@ -41,9 +41,17 @@ def operations(arrays):
 # --- K = 1 ---
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("integrator", ["naive", "euler", "anchored"])
-@pytest.mark.parametrize("scope", ["block", "layer"])
+@pytest.mark.parametrize(
+    ("policy", "integrator", "scope"),
+    [
+        ("first", "naive", "block"),
+        ("last", "euler", "block"),
+        ("own", "anchored", "block"),
+        ("first", "anchored", "layer"),
+        ("last", "naive", "layer"),
+        ("own", "euler", "layer"),
+    ],
+)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_one_loop_is_mlx_lm_to_the_bit(any_model, policy, integrator, scope, dtype):
     if any_model.anatomy.mixes_experts and dtype != mx.float32:
@@ -116,15 +124,24 @@ def test_a_window_outside_the_model_is_refused_and_changes_nothing(model):
 # --- Keys and values ---
 
 
-@pytest.mark.parametrize("scope", ["block", "layer"])
-@pytest.mark.parametrize("integrator", ["euler", "anchored", "rk4", "anderson", "uniform"])
+@pytest.mark.parametrize(
+    ("integrator", "scope"),
+    [
+        ("euler", "block"),
+        ("anchored", "layer"),
+        ("anchored", "block"),
+        ("rk4", "layer"),
+        ("anderson", "block"),
+        ("uniform", "layer"),
+    ],
+)
 def test_own_gives_the_same_logits_however_the_text_is_fed(any_model, integrator, scope):
     text = tokens(2, 12)
     looped = any_model.with_loop(
         LoopConfig(window=WINDOW, loops=3, integrator=integrator, scope=scope, cache="own")
     )
     whole = looped(text)
-    for chunks in ((12,), (4, 4, 3), (1, 6, 3)):
+    for chunks in ((12,), (1, 6, 3)):
         assert relative_error(decode(looped, text, chunks), whole) < 1e-4
 
 
