@@ -72,7 +72,10 @@ class _Parser(argparse.ArgumentParser):
                 self.error(f"unknown {name}{suggestion(name, flags)}")
         found, unknown = super().parse_known_args(typed, namespace)
         if unknown:
-            self.error(f"unexpected {unknown[0]}")
+            word = unknown[0]
+            before = [flag for flag in ("--model", "--prompt") if flag in flags]
+            meant = f": put {' or '.join(before)} before it" if before and word[:1] != "-" else ""
+            self.error(f"unexpected {word}{meant}")
         return found, unknown
 
 
@@ -90,7 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=module.SUMMARY,
-            description=module.SUMMARY[0].upper() + module.SUMMARY[1:] + ".",
+            description=module.SUMMARY[0].upper()
+            + module.SUMMARY[1:]
+            + "." * (module.SUMMARY[-1] != "?"),
             epilog=module.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
