@@ -90,12 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for name in COMMANDS:
         module = import_module(f".commands.{name}", __package__)
+        summary = module.SUMMARY[0].upper() + module.SUMMARY[1:]
         command = commands.add_parser(
             name,
             help=module.SUMMARY,
-            description=module.SUMMARY[0].upper()
-            + module.SUMMARY[1:]
-            + "." * (module.SUMMARY[-1] != "?"),
+            description=summary if summary.endswith("?") else f"{summary}.",
             epilog=module.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
