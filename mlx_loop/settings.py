@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import UserError
+from .errors import UserError, suggestion
 from .foreign import from_json
 from .integrators import INTEGRATORS
 
@@ -283,7 +283,10 @@ class LoopConfig:
             raise UserError(f"loop settings are a JSON object of fields, not {values!r}")
         for name in values:
             if name not in known:
-                raise UserError(f"unknown loop setting {name!r}; known are {', '.join(known)}")
+                meant = suggestion(str(name), known) or ";"
+                raise UserError(
+                    f"unknown loop setting {name!r}{meant} known are {', '.join(known)}"
+                )
         return cls(**values)
 
     def to_json(self) -> str:

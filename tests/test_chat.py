@@ -6,13 +6,14 @@ import io
 import json
 import shutil
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 
 import pexpect
 import pytest
 
 import mlx_loop
 from mlx_loop.checkpoints.loading import DEMOS
+from mlx_loop.errors import UserError
 from mlx_loop.generation.conversation import Conversation
 from mlx_loop.integrators import INTEGRATORS
 from mlx_loop.screens.chat_session import Chat
@@ -139,7 +140,34 @@ def test_a_question_that_is_stopped_before_its_answer_keeps_its_file(monkeypatch
     chat._texts = ["a file"]
     assert not chat.answer("what is in it?")
     assert chat._texts == ["a file"]
-    assert "the question was not asked" in capsys.readouterr().out
+    assert "the conversation is as it was" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", [None, UserError("too long"), KeyboardInterrupt()])
+def test_a_retry_without_an_answer_leaves_the_old_one(monkeypatch, broken):
+    talk = Conversation(*mlx_loop.load("demo"))
+    talk.messages = said = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+    ]
+
+    def stop(*_):
+        if broken:
+            raise broken
+        return Streamed(stopped=True)
+
+    monkeypatch.setattr("mlx_loop.screens.chat_session.stream", stop)
+    with suppress(UserError, KeyboardInterrupt):
+        Chat(talk, "demo", {"prefill_step_size": 64}).carry_out("/retry")
+    assert talk.messages == said
+
+
+def test_a_retry_leaves_the_file_to_the_next_message(tmp_path):
+    notes, file = tmp_path / "notes.txt", tmp_path / "talk.json"
+    notes.write_text("The code for amber is 4821.")
+    piped(f"hello\n/file {notes}\n/retry\nwhat is the code for amber?\n/save {file}\n")
+    asked = [m["content"] for m in json.loads(file.read_text())["messages"][::2]]
+    assert asked == ["hello", "The code for amber is 4821.\n\nwhat is the code for amber?"]
 
 
 def test_every_setting_is_a_command_and_answers_change_while_it_runs():
@@ -171,7 +199,10 @@ def test_help_explains_a_setting_and_a_misspelt_word_is_told_with_what_was_meant
     for name, integrator in INTEGRATORS.items():
         assert f"{name} {integrator.words}" in " ".join(out.split())
     assert "a number from -1 to 2" in out
+    assert "answer the last question again" in piped("/help retry\n")
+    assert "sampling temperature" in piped("/help /temp\n")
     for line, meant in (
+        ("/set temp 0.5", "temp is no loop setting: write /temp 0.5"),
         ("/hlp", "/hlp, did you mean help?"),
         ("/help bet", "did you mean beta?"),
         ("/set integratr rk4", "did you mean integrator?"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,7 +184,20 @@ def test_every_command_has_help_with_an_example(capsys):
         with pytest.raises(SystemExit) as caught:
             main([command, "--help"])
         assert caught.value.code == 0
-        assert f"mlx_loop {command}" in capsys.readouterr().out
+        page = capsys.readouterr().out
+        assert f"mlx_loop {command}" in page
+        assert "?." not in page
+
+
+def test_the_sentences_of_a_help_page_fit_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        # Commands are one line, to be copied.
+        typed = re.compile(r"\s*(mlx_loop|curl|-d) ")
+        assert [line for line in lines if len(line) > 80 and not typed.match(line)] == []
 
 
 def test_version(capsys):
@@ -247,6 +261,8 @@ def test_a_pipe_that_closes_early_is_no_error():
         ("xyzzy --loops 3", "mlx_loop: error: unknown command xyzzy (see mlx_loop --help)"),
         ("--versoin", "mlx_loop: error: unknown --versoin, did you mean --version?"),
         ("plan demo more", "unexpected more (see mlx_loop plan --help)"),
+        ("chat demo", "unexpected demo: put --model before it (see mlx_loop chat --help)"),
+        ("trace hi", "unexpected hi: put --model or --prompt before it (see mlx_loop trace --hel"),
     ],
 )
 def test_what_is_misspelt_is_told_with_what_was_meant_and_its_help_page(typed, said, capsys):

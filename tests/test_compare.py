@@ -240,4 +240,4 @@ def test_trace_json_has_numbers_for_each_token_and_no_nan(capsys):
 
 def test_trace_needs_a_loop(capsys):
     assert main(["trace", *QUESTION[:2], "--loops", "1"]) == 2
-    assert "--loops 2" in capsys.readouterr().err
+    assert "set loops to 2" in capsys.readouterr().err

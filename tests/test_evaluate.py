@@ -152,6 +152,7 @@ def test_questions_of_a_file_stand_beside_other_tasks(tmp_path, capsys):
     ("options", "message"),
     [
         ("--tasks nonsense", "unknown task 'nonsense': known are"),
+        ("--tasks rulr", "did you mean ruler? known are"),
         ("--tasks niah_single2", "did you mean niah_single_2? known are"),
         ("--tasks qa", "--documents"),
         ("--lengths 0", "whole number"),

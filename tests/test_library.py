@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlx_lm
 import pytest
+import tqdm.auto
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
@@ -71,7 +72,7 @@ def test_what_is_no_setting_is_refused_in_one_line(loaded, given):
 
 
 def test_a_field_that_is_none_is_named(loaded):
-    with pytest.raises(UserError, match="unknown loop setting 'lops'"):
+    with pytest.raises(UserError, match="unknown loop setting 'lops', did you mean loops"):
         loaded[0].with_loop({"lops": 3})
 
 
@@ -200,6 +201,11 @@ def test_a_sweep_goes_on_from_its_file(loaded, tmp_path, monkeypatch):
         mlx_loop.sweep(*loaded, "demo", [2], **asked | {"max_tokens": 9})
 
 
+def test_a_notebook_shows_its_own_bar():
+    """Another one is text on standard error, which a notebook shows as an error."""
+    assert import_module("mlx_loop.measure.library").tqdm is tqdm.auto.tqdm
+
+
 def test_a_task_of_your_own(loaded):
     task = Questions(read_questions(QUESTIONS, 1), max_tokens=2)
     found = mlx_loop.sweep(*loaded, task, 2, progress=False)
@@ -213,6 +219,7 @@ def test_what_cannot_be_measured_is_one_line(loaded, tmp_path):
         (lambda: mlx_loop.sweep(model, tokenizer, "demo", 1), "2 loops or more"),
         (lambda: mlx_loop.evaluate(model, tokenizer, "vt", [None]), "2 loops or more"),
         (lambda: mlx_loop.evaluate(model, tokenizer, "vtt", 2), "unknown task 'vtt'"),
+        (lambda: mlx_loop.evaluate(model, tokenizer, "vt", 2, lengths=8), "greater --lengths"),
         (
             lambda: mlx_loop.sweep(model, tokenizer, f"text:{tmp_path / 'a.txt'}", 2, system="x"),
             "system would not be read",

@@ -121,6 +121,12 @@ def test_a_map_that_drives_states_apart_is_not_called_converging(contraction, ve
     assert Loop([2], [None, last], state, [0.5]).verdict == verdict
 
 
+def test_a_last_step_that_is_lost_in_rounding_is_said_in_words():
+    state = State([1.0], [1.0], [0.0])
+    loop = Loop([2], [None, Pass(state, [0.5], [math.nan], None)], state, [0.5])
+    assert "contraction lost in rounding in the last pass" in loop.reason
+
+
 def test_the_lens_is_the_models_head():
     model = make("qwen3")
     model.loop = LoopConfig(loops=2, window=(2, 4))

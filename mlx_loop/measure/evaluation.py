@@ -41,7 +41,7 @@ def parse_tasks(text: str) -> tuple[list[str], list[str], list[str]]:
         elif ":" in name and FROM_FILES[split_name(name)[0]].unit == "%":
             files.append(name)
         else:
-            meant = suggestion(name, TASKS) or ":"
+            meant = suggestion(name, ("ruler", *TASKS)) or ":"
             raise UserError(
                 f"unknown task {name!r}{meant} known are ruler, {', '.join(TASKS)}, {LM_EVAL}NAME "
                 "for the tasks of lm-evaluation-harness, questions:FILE, choices:FILE and "

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .. import several
 from ..checkpoints.card import base_model
@@ -146,7 +146,7 @@ def evaluate(
     tasks: str | Sequence[str],
     settings: Settings,
     *,
-    lengths: Sequence[int] = (4096,),
+    lengths: int | Sequence[int] = (4096,),
     limit: int = 100,
     out: str | Path | None = None,
     holdout: float | None = None,
@@ -159,7 +159,7 @@ def evaluate(
     Args:
         tasks: names as in `mlx_loop evaluate --tasks`, in a list or with commas between.
         settings: as in `compare`.
-        lengths: RULER's context lengths in tokens.
+        lengths: RULER's context lengths in tokens; one, or a list.
         limit: problems of each task and length.
         out: a folder for problems, answers and the report; what it holds is not done again.
         holdout: the report chooses a setting on the other problems and tells what it does on
@@ -173,6 +173,7 @@ def evaluate(
         UserError: no setting loops, an unknown task, or a length that is too short for one.
     """
     views = _looped(model, settings)
+    lengths = [lengths] if isinstance(lengths, int) else lengths
     ours, theirs, named = parse_tasks(tasks if isinstance(tasks, str) else ",".join(tasks))
     files = {name: path_of(split_name(name)[1]) for name in named}
     asked = Study(

@@ -141,11 +141,13 @@ class Loop:
     @property
     def reason(self) -> str:
         """The numbers behind the verdict."""
+        last = self.contraction
+        contraction = "lost in rounding" if math.isnan(last) else f"{last:.2f}"
         grew = sum(not g <= 1 for g in self.growth) / len(self.growth)
         low, high = BAND
         return (
             f"residual x{median(self.growth):.2f} from first to last pass, grows for {grew:.0%} of "
-            f"tokens; contraction {self.contraction:.2f} in the last pass; norm outside {low}-"
+            f"tokens; contraction {contraction} in the last pass; norm outside {low}-"
             f"{high} of the natural pass's for {self.outside:.0%}"
         )
 
@@ -229,7 +231,7 @@ def trace(model: Looped, tokens: Sequence[int]) -> Trace:
         UserError: looping is off, or there is no token.
     """
     if model.is_unlooped:
-        raise UserError("looping is off, so there is nothing to trace: give --loops 2 or more")
+        raise UserError("looping is off, so there is nothing to trace: set loops to 2 or more")
     if not tokens:
         raise UserError("the prompt is empty: give at least one token")
     check_tokens(model, tokens)

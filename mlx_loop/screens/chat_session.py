@@ -71,7 +71,7 @@ class Chat(Session):
             )
         if answer.stopped and answer.last is None:
             self._texts = texts
-            out.print("stopped before the answer: the question was not asked", style="yellow")
+            out.print("stopped before the answer: the conversation is as it was", style="yellow")
         elif answer.stopped:
             out.print("stopped", style="yellow")
         if answer.last is not None:
@@ -100,7 +100,10 @@ class Chat(Session):
     @command("FIELD VALUE", "any loop setting: integrator, beta, cache, decode, ...")
     def set(self, argument: str) -> None:
         name, _, value = needed(argument, "/set beta 0.3").partition(" ")
-        self._change(name, needed(value.strip(), f"/set {name} VALUE"))
+        value = needed(value.strip(), f"/set {name} VALUE")
+        if name in self.commands() and name not in SETTINGS:
+            raise UserError(f"{name} is no loop setting: write /{name} {value}")
+        self._change(name, value)
         self._show_loop()
 
     @command("self | lookup | off", "the same answers sooner: what drafts")
@@ -110,7 +113,16 @@ class Chat(Session):
 
     @command("", "answer the last question again")
     def retry(self, _: str) -> None:
-        self.answer(self._take_back())
+        talk, before, texts = self.conversation, self.conversation.messages, self._texts
+        question = self._take_back()
+        left, self._texts = talk.messages, []
+        try:
+            self.answer(question)
+        finally:
+            self._texts = texts
+            # Without a new answer the old one stays.
+            if talk.messages is left:
+                talk.messages = before
 
     @command("", "forget the last question and its answer")
     def undo(self, _: str) -> None:

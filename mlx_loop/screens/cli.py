@@ -72,7 +72,10 @@ class _Parser(argparse.ArgumentParser):
                 self.error(f"unknown {name}{suggestion(name, flags)}")
         found, unknown = super().parse_known_args(typed, namespace)
         if unknown:
-            self.error(f"unexpected {unknown[0]}")
+            word = unknown[0]
+            before = [flag for flag in ("--model", "--prompt") if flag in flags]
+            meant = f": put {' or '.join(before)} before it" if before and word[:1] != "-" else ""
+            self.error(f"unexpected {word}{meant}")
         return found, unknown
 
 
@@ -87,10 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for name in COMMANDS:
         module = import_module(f".commands.{name}", __package__)
+        summary = module.SUMMARY[0].upper() + module.SUMMARY[1:]
         command = commands.add_parser(
             name,
             help=module.SUMMARY,
-            description=module.SUMMARY[0].upper() + module.SUMMARY[1:] + ".",
+            description=summary if summary.endswith("?") else f"{summary}.",
             epilog=module.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

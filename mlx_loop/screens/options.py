@@ -259,8 +259,9 @@ def add_loop_options(parser: argparse.ArgumentParser, several: bool = False) -> 
         several: whether each takes several values, which are all combined.
     """
     about = (
-        "Some of the middle layers, the window, are applied K times in place of the plain pass over"
-        "\nthem. What is left out is as saved with the model, else the preset of its size."
+        "Some of the middle layers, the window, are applied K times in place of the"
+        "\nplain pass over them. What is left out is as saved with the model, else the"
+        "\npreset of its size."
     )
     if several:
         about += (
@@ -580,7 +581,7 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
     """Speculative decoding: who drafts, and how much."""
     group = parser.add_argument_group(
         "speculative decoding",
-        "Tokens are drafted cheaply and checked several at a time: the same answer, sooner.",
+        "Tokens are drafted cheaply and checked several at a time: the same answer,\nsooner.",
     )
     what = (
         "what drafts: self, the model without its loops; lookup, the text so far; or a small model "

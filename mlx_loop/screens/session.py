@@ -13,7 +13,7 @@ from rich.text import Text
 from .. import several
 from ..errors import INTERRUPTED, USER_ERROR, UserError, suggestion
 from ..foreign import foreseen, one_line
-from .fields import explained
+from .fields import SETTINGS, explained
 from .prompt_line import piped_lines, typed_lines
 from .terminal import err, is_interactive, out, unechoed
 
@@ -114,19 +114,21 @@ class Session:
         found = {**vars(type(self)), **vars(Session)}
         return {n.replace("_", "-"): c for n, c in found.items() if isinstance(c, Command)}
 
-    @command("FIELD", "what a loop setting does; empty: this list")
+    @command("WORD", "what a loop setting or a command does; empty: this list")
     def help(self, argument: str) -> None:
-        if argument:
-            out.print(grid(explained(argument.removeprefix("/"))))
-            return
-        rows = [
-            (Text.assemble((f"/{word}", "bold"), f" {command.argument}"), command.help)
+        rows = {
+            word: (Text.assemble((f"/{word}", "bold"), f" {command.argument}"), command.help)
             for word, command in self.commands().items()
             if command.help
-        ]
+        }
+        if argument:
+            word = argument.removeprefix("/")
+            named = word in rows and word not in SETTINGS
+            out.print(grid([rows[word]] if named else explained(word)))
+            return
         leave = (Text("/bye", "bold"), "leave, as Ctrl-D does")
         keys = (Text("Alt-Enter", "dim"), Text("a new line; so does \\ at the end of one", "dim"))
-        out.print(grid([*rows, leave, *self.hints, keys]))
+        out.print(grid([*rows.values(), leave, *self.hints, keys]))
 
 
 def needed(argument: str, example: str) -> str:

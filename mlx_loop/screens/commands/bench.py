@@ -14,8 +14,9 @@ SUMMARY = "measure speed and memory, beside the model without a loop"
 EXAMPLES = """examples:
   mlx_loop bench --loops 2,3,6 -p 512 -g 128
   mlx_loop bench --model mlx-community/Qwen3-4B-Instruct-2507-4bit -b 4 -n 3
-Options are those of mlx_lm.benchmark. Prompts are random tokens; each setting has its turn in
-each trial, and a ratio is to the un-looped model of the same trial, with the lowest and highest."""
+Options are those of mlx_lm.benchmark. Prompts are random tokens; each setting
+has its turn in each trial, and a ratio is to the un-looped model of the same
+trial, with the lowest and highest."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

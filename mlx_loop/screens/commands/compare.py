@@ -16,7 +16,8 @@ EXAMPLES = """examples:
   mlx_loop compare --integrator naive,euler,anchored --loops 4
   mlx_loop compare --setting "loops=3 cache=own" --setting "loops=2 integrator=rk4"
   mlx_loop compare --prompt "What is 12 + 30?" --loops 1,3,6 --json
-The un-looped model is always among them. In the session, /help lists what can be changed."""
+The un-looped model is always among them.
+In the session, /help lists what can be changed."""
 
 DEFAULT_LOOPS = [2, 3, 6]
 

@@ -18,8 +18,9 @@ EXAMPLES = """examples:
   mlx_loop evaluate --tasks ruler --lengths 4096,16384 --loops 1,2,3,4,6,8,12
   mlx_loop evaluate --tasks lm_eval:arc_challenge,lm_eval:gsm8k --loops 2,3 --holdout 0.5
   mlx_loop evaluate --tasks niah_single_1 --lengths 384 --limit 20 --loops 2,4 --no-answer-prefix
-Every setting gets the same problems and is compared with the un-looped model problem by problem.
-DIR/report.html shows the result. Ctrl-C keeps the answers so far; the same command goes on.
+Every setting gets the same problems and is compared with the un-looped model
+problem by problem. DIR/report.html shows the result. Ctrl-C keeps the answers
+so far; the same command goes on.
 docs/evaluation.md explains tasks, statistics and files."""
 
 DEFAULT_TASKS = "niah_single_2,niah_multikey_1,niah_multivalue,niah_multiquery,vt,cwe,fwe"

@@ -18,7 +18,8 @@ EXAMPLES = """examples:
   mlx_loop quantize --model Qwen/Qwen3-4B-Instruct-2507 --mlx-path qwen3-4b-4bit
   mlx_loop quantize --model Qwen/Qwen3-4B-Instruct-2507 --q-recipe window8 --dry-run
   mlx_loop quantize --model Qwen/Qwen3-4B-Instruct-2507 --bits-per-weight 4.5 --loops 4
-The checkpoint may be larger than memory: it is read, quantised and written matrix by matrix.
+The checkpoint may be larger than memory: it is read, quantised and written
+matrix by matrix.
 Plain mlx-lm and LM Studio load the folder as the un-looped model."""
 
 

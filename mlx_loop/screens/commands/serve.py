@@ -21,7 +21,8 @@ EXAMPLES = """examples:
   mlx_loop serve --model Qwen/Qwen3-4B-Instruct-2507
   curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
       -d '{"model": "demo:loops=6,beta=0.3", "messages": [{"role": "user", "content": "Hi"}]}'
-A page that compares settings is at http://127.0.0.1:8080/. docs/serve.md has the clients."""
+A page that compares settings is at http://127.0.0.1:8080/.
+docs/serve.md has the clients."""
 
 KEY = "MLX_LOOP_API_KEY"
 LOOP_NAMES = "loops=1 loops=2 loops=6 recipe=paper recipe=generative"
