@@ -1,4 +1,4 @@
-"""Trains one of the demo checkpoints that ship in mlx_loop/demo, from scratch.
+"""Trains one of the demo checkpoints that ship in mlx_loop/demo.
 
 The data comes from demo_data.py, the model from transformers' own classes; both PyTorch and
 transformers are needed for training only. The result is an ordinary Hugging Face folder that
@@ -188,7 +188,7 @@ EXPERTS = {
     "moe_intermediate_size": 64,
     "num_experts_per_tok": 2,
     "norm_topk_prob": True,
-    "experts_implementation": "all_of_them",
+    "experts_implementation": "in_blocks",
 }
 
 
@@ -240,21 +240,85 @@ def mla() -> PreTrainedModel:
 MODELS = {"dense": dense, "moe": moe, "mla": mla}
 
 
-def all_of_them(
+BLOCK = 128  # tokens of one expert in a product
+
+
+def in_blocks(
     experts: torch.nn.Module, states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Every expert on every token, weighed by 0 where it was not chosen.
+    """Every token through its experts, in blocks of tokens that share one.
 
-    With so few and so small ones that is faster than sorting the tokens by expert, and it needs no
-    word from the GPU about how many there are.
+    There are always as many blocks, some of them partly empty, so that no shape depends on what the
+    router chose: nothing waits for a GPU, and the whole can be compiled.
     """
-    shares = torch.zeros(len(states), experts.num_experts, device=states.device)
-    shares = shares.scatter(1, chosen, weights)
-    inner = experts._apply_gate(torch.einsum("th,eih->tei", states, experts.gate_up_proj))
-    return torch.einsum("tei,ehi->th", inner * shares[..., None], experts.down_proj)
+    pairs, width = chosen.numel(), chosen.shape[1]
+    expert, order = chosen.flatten().sort(stable=True)
+    counts = torch.nn.functional.one_hot(expert, experts.num_experts).sum(0)
+    ends = ((counts + BLOCK - 1) // BLOCK * BLOCK).cumsum(0)
+    slots = -(-pairs // BLOCK) * BLOCK + experts.num_experts * BLOCK
+    # A pair's slot: where its expert's blocks begin, and how many of the expert's come before it.
+    within = torch.arange(pairs, device=states.device) - (counts.cumsum(0) - counts)[expert]
+    slot = torch.nn.functional.pad(ends, (1, -1))[expert] + within
+    token = order.new_zeros(slots).scatter(0, slot, order // width)
+    share = weights.new_zeros(slots).index_put((slot,), weights.flatten()[order])
+    begins = torch.arange(0, slots, BLOCK, device=states.device)
+    owner = torch.searchsorted(ends, begins, right=True).clamp(max=experts.num_experts - 1)
+    inner = states[token].unflatten(0, (-1, BLOCK)) @ experts.gate_up_proj[owner].mT
+    out = (experts._apply_gate(inner) @ experts.down_proj[owner].mT).flatten(0, 1)
+    return torch.zeros_like(states).index_add(0, token, out * share[:, None])
 
 
-ALL_EXPERTS_FUNCTIONS.register("all_of_them", all_of_them)
+ALL_EXPERTS_FUNCTIONS.register("in_blocks", in_blocks)
+
+
+@torch.no_grad()
+def thinned(model: PreTrainedModel, batch: tuple[torch.Tensor, torch.Tensor], n: int) -> list[int]:
+    """The `n` layers that are left when, again and again, the one that is missed least goes."""
+    ids, weights = batch
+    layers, keep = model.model.layers, list(range(len(model.model.layers)))
+
+    def loss(kept: list[int]) -> float:
+        model.model.layers = torch.nn.ModuleList(layers[i] for i in kept)
+        model.config.num_hidden_layers = len(kept)
+        logits = model(input_ids=ids[:, :-1]).logits.flatten(0, 1)
+        losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+        return losses[weights[:, 1:].flatten() == 1].mean().item()
+
+    while len(keep) > n:
+        rest = [[i for i in keep if i != gone] for gone in keep]
+        keep = min(rest, key=loss)
+    model.model.layers = layers
+    return keep
+
+
+@torch.no_grad()
+def upcycle(model: PreTrainedModel, folder: Path, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Gives a mixture of experts the attention, embeddings and neurons of a dense model.
+
+    Sparse upcycling (Komatsuzaki et al. 2022, arXiv:2212.05055) for experts that are narrower than
+    the dense layer: half of an expert's neurons are the layer's strongest, which all experts have,
+    the others are its own, of the next strongest.
+    """
+    dense = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    dense.config.use_cache = False
+    kept = thinned(dense, batch, model.config.num_hidden_layers)
+    print(f"layers kept: {kept}")
+    model.model.embed_tokens.load_state_dict(dense.model.embed_tokens.state_dict())
+    model.model.norm.load_state_dict(dense.model.norm.state_dict())
+    sources = [dense.model.layers[i] for i in kept]
+    for layer, source in zip(model.model.layers, sources, strict=True):
+        for part in ("self_attn", "input_layernorm", "post_attention_layernorm"):
+            getattr(layer, part).load_state_dict(getattr(source, part).state_dict())
+        gate, up, down = (getattr(source.mlp, f"{n}_proj").weight for n in ("gate", "up", "down"))
+        order = (gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)).argsort(descending=True)
+        experts = layer.mlp.experts
+        half, width = model.config.moe_intermediate_size // 2, model.config.num_experts_per_tok
+        for e in range(experts.num_experts):
+            own = order[half * (e + 1) : half * (e + 2)]
+            chosen = torch.cat((order[:half], own))
+            experts.gate_up_proj[e] = torch.cat((gate[chosen], up[chosen]))
+            experts.down_proj[e] = down[:, chosen]
+            experts.down_proj[e][:, half:] *= width
 
 
 class BiasBalancer:
@@ -389,6 +453,7 @@ class Trainer:
         self, name: str, model: PreTrainedModel, data: Batches, workers: int, device: torch.device
     ) -> None:
         self.name, self.model, self.data, self.workers = name, model.to(device), data, workers
+        self.compiled = torch.compile(self.model, dynamic=False)  # once for each length of row
         self.encoder, self.recipe, self.steps = data.encoder, data.recipe, data.steps
         recipe = data.recipe
         matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -405,9 +470,18 @@ class Trainer:
         self.seconds = 0.0
         self.log: list[dict] = []
         self.earlier: list[dict] = []  # lines of the log: the rounds before this one
+        self.start = ""  # name of the demo whose weights it began with
 
     def start_from(self, folder: Path) -> None:
-        """Takes over the weights of a published folder; its rounds and its log go on here."""
+        """Takes over a published folder's weights.
+
+        Of the same layout: its rounds and its log go on here. A dense one: its parts, as experts.
+        """
+        self.start = folder.name
+        published = json.loads((folder / "config.json").read_text())["model_type"]
+        if published != self.model.config.model_type:
+            upcycle(self.model, folder, self.data[self.steps * 7 // 10])
+            return
         weights = type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict()
         self.model.load_state_dict(weights)
         lines = map(json.loads, (folder / "training_log.jsonl").read_text().splitlines())
@@ -422,7 +496,7 @@ class Trainer:
 
     def rounds(self) -> list[dict]:
         """How the weights came to be: a line of the log for each round."""
-        start = f" --start-from mlx_loop/demo/{self.name}" if self.earlier else ""
+        start = f" --start-from mlx_loop/demo/{self.start}" if self.start else ""
         return [
             *self.earlier,
             {
@@ -449,7 +523,7 @@ class Trainer:
         ids, weights = ids.to(self.model.device), weights.to(self.model.device)[:, 1:].flatten()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        output = self.model(input_ids=ids[:, :-1])
+        output = self.compiled(input_ids=ids[:, :-1])
         losses = torch.nn.functional.cross_entropy(
             output.logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
         )
@@ -655,6 +729,7 @@ def layout(model: PreTrainedModel) -> str:
 def card(trainer: Trainer, results: dict[str, tuple[float, int]]) -> str:
     """The model card; every number in it comes from this run."""
     recipe, rounds = trainer.recipe, trainer.rounds()
+    upcycled = trainer.name != "dense" and "demo/dense" in rounds[0]["command"]
     wanted = {name: result for name, result in results.items() if name in CHECKED}
     probes = {name: result for name, result in results.items() if name not in CHECKED}
     return CARD.format(
@@ -669,6 +744,7 @@ def card(trainer: Trainer, results: dict[str, tuple[float, int]]) -> str:
             for line in rounds
         ),
         recipe=", ".join(f"{name} {value}" for name, value in asdict(recipe).items()),
+        begun=UPCYCLED if upcycled else RANDOM,
         max_hops=MAX_HOPS,
         fallback=FALLBACK_START,
         skills=result_table(wanted),
@@ -687,7 +763,7 @@ pipeline_tag: text-generation
 
 # mlx_loop demo: a tiny chat model ({name})
 
-{layout} Weights in bfloat16, trained from scratch on invented conversations. It exists so that
+{layout} Weights in bfloat16, trained on invented conversations alone. It exists so that
 looping can be tried, tested and measured in seconds without a download. It knows nothing of the
 real world and says so.
 
@@ -744,8 +820,7 @@ trained on in no wording.
 {made}.
 Rows of {lengths} tokens, the longer ones in the second half; each row is one conversation, so that
 nothing in a context contradicts the rest. {recipe}; cosine decay
-to a hundredth in each round; initial standard deviation 0.05, output projections divided by
-sqrt(2 layers).
+to a hundredth in each round. {begun}
 Chains of assignments start at zero hops and gain one after each `hop_share` of the run,
 up to {max_hops}. Sampling is seeded, but another machine rounds otherwise, so that
 retraining gives a similar model, not the same bits.
@@ -764,6 +839,15 @@ retraining gives a similar model, not the same bits.
 - Not a benchmark of anything but itself: a gain or loss here says little about a real model.
 {limits}"""
 
+RANDOM = """\
+Initial standard deviation 0.05, output projections divided
+by sqrt(2 layers)."""
+
+UPCYCLED = """\
+It began with the dense demo's attention and
+embeddings in as many of its layers as there are here; the strongest neurons of each were dealt out
+to the experts (sparse upcycling, arXiv:2212.05055)."""
+
 EXPERTS_LIMIT = """\
 - On a CPU MLX multiplies by chosen experts in float32 only: `mlx_loop.load` converts, plain
   `mlx_lm.load` does not and fails there. On Apple GPUs it should work (not tried).
@@ -772,7 +856,7 @@ EXPERTS_LIMIT = """\
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Train a demo checkpoint from scratch, on a GPU if there is one.",
+        description="Train a demo checkpoint, on a GPU if there is one.",
         epilog="The run writes a checkpoint every 250 steps; the same command goes on from there.",
     )
     parser.add_argument(
@@ -811,7 +895,8 @@ def main() -> None:
         "--start-from",
         type=Path,
         metavar="FOLDER",
-        help="published demo to train further in another round, instead of random weights",
+        help="published demo whose weights to begin with: of the same layout, to train it further"
+        " in another round, or for `moe` the dense one, whose parts become experts",
     )
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument(
@@ -836,6 +921,9 @@ def main() -> None:
     recipe = Recipe(step_tokens=args.step_tokens, learning_rate=args.learning_rate)
     encoder = ChatEncoder(tokenizer, recipe.prompt_weight)
     model = MODELS[args.model]()
+    fitting = {args.model, "dense"} if args.model == "moe" else {args.model}
+    if args.start_from and args.start_from.name not in fitting:
+        parser.error(f"--start-from: {args.model} has no use for {args.start_from}'s layout")
     scale_outputs(model)
     data = Batches(encoder, recipe, args.steps, args.seed)
     trainer = Trainer(args.model, model, data, args.workers, device)
