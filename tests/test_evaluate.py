@@ -156,7 +156,7 @@ def test_questions_of_a_file_stand_beside_other_tasks(tmp_path, capsys):
         ("--tasks niah_single2", "did you mean niah_single_2? known are"),
         ("--tasks qa", "--documents"),
         ("--lengths 0", "whole number"),
-        ("--lengths 130", "greater --lengths"),
+        ("--lengths 130", "greater lengths"),
         ("--loops 1", "--loops 2"),
         ("--tasks vt --documents nowhere.jsonl", "nowhere.jsonl"),
     ],

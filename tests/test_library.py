@@ -219,7 +219,7 @@ def test_what_cannot_be_measured_is_one_line(loaded, tmp_path):
         (lambda: mlx_loop.sweep(model, tokenizer, "demo", 1), "2 loops or more"),
         (lambda: mlx_loop.evaluate(model, tokenizer, "vt", [None]), "2 loops or more"),
         (lambda: mlx_loop.evaluate(model, tokenizer, "vtt", 2), "unknown task 'vtt'"),
-        (lambda: mlx_loop.evaluate(model, tokenizer, "vt", 2, lengths=8), "greater --lengths"),
+        (lambda: mlx_loop.evaluate(model, tokenizer, "vt", 2, lengths=8), "greater lengths"),
         (
             lambda: mlx_loop.sweep(model, tokenizer, f"text:{tmp_path / 'a.txt'}", 2, system="x"),
             "system would not be read",

@@ -205,7 +205,7 @@ def test_metrics_agree_with_the_published_ones(task, answer, references, expecte
 
 
 def test_a_length_that_is_too_short_says_so():
-    with pytest.raises(UserError, match="greater --lengths"):
+    with pytest.raises(UserError, match="greater lengths"):
         make("cwe", 512)
 
 

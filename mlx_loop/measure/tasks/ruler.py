@@ -265,7 +265,7 @@ def _fit(
     if best[1] > budget:
         raise UserError(
             f"{what}: the shortest prompt takes {best[1]} tokens and {max(0, budget)} are left "
-            "beside the answer: ask for greater --lengths"
+            "beside the answer: ask for greater lengths"
         )
     empty = best[1]
     low, high, units = 0, None, UNITS_AT_FIRST
@@ -566,7 +566,7 @@ def _documents_task(rng: random.Random, length: int, index: int, sources: Source
         if words > available + UNITS_AT_FIRST:
             raise UserError(
                 f"the documents of {sources.documents} do not fill {length} tokens: give more of "
-                "them, or ask for smaller --lengths"
+                "them, or ask for smaller lengths"
             )
         distracting, left = [], words
         for document in others:
