@@ -74,6 +74,8 @@ def main() -> None:
     loops = {name: None for name, _ in score}
     settings = [name for name in loops if name != "null"]
     items = [i for i in task.items if all((name, i["item"]) in score for name in loops)]
+    if not items:
+        raise SystemExit(f"{args.results} has no results of {args.task}, as it is written here")
     items = items[:: max(1, len(items) // args.traces)][: args.traces]
     views = [model.with_loop(LoopConfig.from_dict(json.loads(name))) for name in settings]
     found = np.array(
