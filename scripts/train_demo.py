@@ -272,23 +272,20 @@ ALL_EXPERTS_FUNCTIONS.register("in_blocks", in_blocks)
 
 
 @torch.no_grad()
-def thinned(model: PreTrainedModel, batch: tuple[torch.Tensor, torch.Tensor], n: int) -> list[int]:
-    """The `n` layers that are left when, again and again, the one that is missed least goes."""
+def thin(model: PreTrainedModel, batch: tuple[torch.Tensor, torch.Tensor], n: int) -> None:
+    """Takes away all but `n` layers, again and again the one that is missed least."""
     ids, weights = batch
-    layers, keep = model.model.layers, list(range(len(model.model.layers)))
 
-    def loss(kept: list[int]) -> float:
-        model.model.layers = torch.nn.ModuleList(layers[i] for i in kept)
-        model.config.num_hidden_layers = len(kept)
+    def loss(layers: list[torch.nn.Module]) -> float:
+        model.model.layers = torch.nn.ModuleList(layers)
         logits = model(input_ids=ids[:, :-1]).logits.flatten(0, 1)
         losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
         return losses[weights[:, 1:].flatten() == 1].mean().item()
 
-    while len(keep) > n:
-        rest = [[i for i in keep if i != gone] for gone in keep]
-        keep = min(rest, key=loss)
-    model.model.layers = layers
-    return keep
+    while len(model.model.layers) > n:
+        layers = list(model.model.layers)
+        rest = [layers[:i] + layers[i + 1 :] for i in range(len(layers))]
+        model.model.layers = torch.nn.ModuleList(min(rest, key=loss))
 
 
 @torch.no_grad()
@@ -301,12 +298,10 @@ def upcycle(model: PreTrainedModel, folder: Path, batch: tuple[torch.Tensor, tor
     """
     dense = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     dense.config.use_cache = False
-    kept = thinned(dense, batch, model.config.num_hidden_layers)
-    print(f"layers kept: {kept}")
+    thin(dense, batch, model.config.num_hidden_layers)
     model.model.embed_tokens.load_state_dict(dense.model.embed_tokens.state_dict())
     model.model.norm.load_state_dict(dense.model.norm.state_dict())
-    sources = [dense.model.layers[i] for i in kept]
-    for layer, source in zip(model.model.layers, sources, strict=True):
+    for layer, source in zip(model.model.layers, dense.model.layers, strict=True):
         for part in ("self_attn", "input_layernorm", "post_attention_layernorm"):
             getattr(layer, part).load_state_dict(getattr(source, part).state_dict())
         gate, up, down = (getattr(source.mlp, f"{n}_proj").weight for n in ("gate", "up", "down"))
@@ -478,8 +473,7 @@ class Trainer:
         Of the same layout: its rounds and its log go on here. A dense one: its parts, as experts.
         """
         self.start = folder.name
-        published = json.loads((folder / "config.json").read_text())["model_type"]
-        if published != self.model.config.model_type:
+        if self.start != self.name:
             upcycle(self.model, folder, self.data[self.steps * 7 // 10])
             return
         weights = type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict()
