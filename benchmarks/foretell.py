@@ -5,9 +5,9 @@
 
 Each setting of the sweep is traced on some of its questions. Printed are Spearman's correlations
 of the trace's measures (docs/trace.md) with the damage, which is the loss of log-probability of
-the right choice among the choices: over the settings, and over the questions under one setting,
-averaged over the settings. Intervals are 95 %, of the bootstrap over questions. Needs the `eval`
-extra.
+the right choice among the choices: over the settings, whose damage is the mean over all questions,
+and over the traced questions under one setting, averaged over the settings. Intervals are 95 %, of
+the bootstrap over questions. Needs the `eval` extra.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def interval(values: list[float]) -> str:
     return f"[{low:+.2f}, {high:+.2f}]"
 
 
-def draw(found: np.ndarray, damage: np.ndarray, pyplot):
+def draw(found: np.ndarray, known: np.ndarray, pyplot):
     size = {"figsize": (11, 3.6), "layout": "constrained"}
     figure, axes = pyplot.subplots(1, len(MEASURES), sharey=True, **size)
     for number, (axis, label) in enumerate(zip(axes, MEASURES.values(), strict=True)):
-        axis.scatter(found[..., number].mean(1), damage.mean(1))
+        axis.scatter(found[..., number].mean(1), known)
         axis.set_xlabel(label, fontsize=8)
         axis.axhline(0, linewidth=0.8)
     axes[0].set_ylabel("damage, nats")
@@ -76,11 +76,12 @@ def main() -> None:
     items = [i for i in task.items if all((name, i["item"]) in score for name in loops)]
     if not items:
         raise SystemExit(f"{args.results} has no results of {args.task}, as it is written here")
-    items = items[:: max(1, len(items) // args.traces)][: args.traces]
+    step = max(1, len(items) // args.traces)
+    traced = slice(0, step * args.traces, step)
     views = [model.with_loop(LoopConfig.from_dict(json.loads(name))) for name in settings]
     found = np.array(
         [
-            [list(measures(trace(view, item["prompt"])).values()) for item in items]
+            [list(measures(trace(view, item["prompt"])).values()) for item in items[traced]]
             for view in track(views, "tracing", console=Console(stderr=True), transient=True)
         ]
     )
@@ -90,19 +91,26 @@ def main() -> None:
     )
     damage = plain - looped
     rng = np.random.default_rng(0)
-    drawn = rng.integers(len(items), size=(DRAWS, len(items)))
-    print(f"{args.model}, {len(settings)} settings, {len(items)} questions\n")
+    asked, drawn = (
+        rng.integers(number, size=(DRAWS, number)) for number in (len(items), found.shape[1])
+    )
+    known = damage.mean(1)
+    maybe = [damage[:, d].mean(1) for d in asked]
+    print(f"{args.model}, {len(settings)} settings, {len(items)} questions, ", end="")
+    print(f"{found.shape[1]} of them traced\n")
     print("| measure | over settings | over questions, under one setting |\n| --- | --- | --- |")
     for number, label in enumerate(MEASURES.values()):
-        one = found[..., number]
-        over = correlation(one.mean(1), damage.mean(1))
-        drawn_over = [float(correlation(one[:, d].mean(1), damage[:, d].mean(1))) for d in drawn]
-        within = correlation(one, damage).mean()
-        drawn_within = [float(correlation(one[:, d], damage[:, d]).mean()) for d in drawn]
+        one, hurt = found[..., number], damage[:, traced]
+        over = correlation(one.mean(1), known)
+        drawn_over = [
+            float(correlation(one[:, d].mean(1), m)) for d, m in zip(drawn, maybe, strict=True)
+        ]
+        within = correlation(one, hurt).mean()
+        drawn_within = [float(correlation(one[:, d], hurt[:, d]).mean()) for d in drawn]
         cells = f"{over:+.2f} {interval(drawn_over)}", f"{within:+.2f} {interval(drawn_within)}"
         print("|", label, "|", " | ".join(cells), "|")
     if args.plot:
-        plots.save(args.plot, lambda pyplot: draw(found, damage, pyplot))
+        plots.save(args.plot, lambda pyplot: draw(found, known, pyplot))
 
 
 if __name__ == "__main__":

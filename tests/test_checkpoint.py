@@ -102,11 +102,31 @@ def test_an_index_that_names_a_tensor_that_is_not_there(folder):
 
 
 @pytest.mark.parametrize(
-    "section", [4, {}, {"bits": 4}, {"bits": "4", "group_size": 64}, {**QUANTISED, "mode": "int4"}]
+    "section",
+    [
+        4,
+        {},
+        {"bits": 4},
+        {"bits": "4", "group_size": 64},
+        {**QUANTISED, "mode": "int4"},
+        {**QUANTISED, "mode": []},
+        {**QUANTISED, "lm_head": {"bits": "4"}},
+    ],
 )
 def test_a_quantisation_that_says_too_little(packed, section):
     configure(packed, quantization=section, quantization_config=None)
     assert "must have bits, group_size" in line(packed)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"quant_predicate": "mixed_4_6"}, {"q_mode": "nvfp4"}, {"q_mode": "mxfp8"}]
+)
+def test_what_mlx_lm_quantises_loads(asked, tmp_path):
+    # Of mixed widths it writes no group size, which stands for the mode's own.
+    mlx_lm.convert(str(DEMOS["demo"]), str(tmp_path / "q"), quantize=True, **asked)
+    expected, text = mlx_lm.load(str(tmp_path / "q"))[0], mx.array([[5, 6, 7]])
+    model = mlx_loop.load_model(tmp_path / "q")
+    assert mx.array_equal(model.with_loop(None)(text), expected(text))
 
 
 def test_two_sections_that_differ(packed):

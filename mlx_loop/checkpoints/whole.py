@@ -5,17 +5,16 @@ Only headers are read: `mx.load` is lazy, and knows a file that ends too early.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import mlx.core as mx
 from safetensors import safe_open
 
 from ..errors import UserError
 from ..foreign import foreseen, read_json
-
-MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+from .quantise import MODES, Params
 
 
 def check_whole(path: Path, config: Mapping[str, Any]) -> list[Path]:
@@ -93,10 +92,12 @@ def _check_quantization(
                 "restore the config.json that belongs to these weights"
             )
         return
-    _check_params(file, "quantization", section)
-    for name, params in section.items():
-        if isinstance(params, Mapping):
-            _check_params(file, name, params)
+    whole = _params(file, "quantization", section, needed=("bits", "group_size"))
+    own = {
+        name: _params(file, name, params)
+        for name, params in section.items()
+        if isinstance(params, Mapping)
+    }
     other = config.get("quantization_config")
     if isinstance(other, Mapping) and "quant_method" not in other and other != section:
         raise UserError(f"{file}: quantization and quantization_config differ: remove one of them")
@@ -104,28 +105,34 @@ def _check_quantization(
         raise UserError(f"{file} says that the weights are quantised, but none of them are")
     # Where config.json names no matrix of its own, mlx-lm infers its widths from the shapes, so
     # the section's own numbers are wrong only if nothing at all was made with them.
-    rest = [name for name in quantised if not isinstance(section.get(name), Mapping)]
-    if rest and not any(_fits(tensors, name, section) for name in rest):
-        _contradicts(file, rest[0], section)
+    rest = [name for name in quantised if name not in own]
+    if rest and not any(_fits(tensors, name, whole) for name in rest):
+        _contradicts(file, rest[0], whole)
     for name in quantised:
-        params = section.get(name)
-        if isinstance(params, Mapping) and not _fits(tensors, name, params):
-            _contradicts(file, name, params)
+        if name in own and not _fits(tensors, name, own[name]):
+            _contradicts(file, name, own[name])
 
 
-def _check_params(file: Path, name: str, params: Any) -> None:
-    if (
-        not isinstance(params, Mapping)
-        or not all(isinstance(params.get(key), int) for key in ("bits", "group_size"))
-        or params.get("mode", "affine") not in MODES
-    ):
-        raise UserError(
-            f"{file}: the quantization of {name} must have bits, group_size and, if it is not "
-            f"affine, one of the modes {', '.join(MODES)}"
-        )
+def _params(file: Path, name: str, said: Any, needed: Collection[str] = ()) -> Params:
+    """`said`, with the mode's own width and group size where it has none, as MLX takes them."""
+    mode = said.get("mode", "affine") if isinstance(said, Mapping) else None
+    if mode not in tuple(MODES) or not all(key in said for key in needed):
+        _says_too_little(file, name)
+    own = zip(("bits", "group_size"), MODES[mode], strict=True)
+    params = {key: value if said.get(key) is None else said[key] for key, value in own}
+    if not all(isinstance(number, int) for number in params.values()):
+        _says_too_little(file, name)
+    return params
 
 
-def _fits(tensors: Mapping[str, mx.array], name: str, params: Mapping[str, Any]) -> bool:
+def _says_too_little(file: Path, name: str) -> NoReturn:
+    raise UserError(
+        f"{file}: the quantization of {name} must have bits, group_size and, if it is not "
+        f"affine, one of the modes {', '.join(MODES)}"
+    )
+
+
+def _fits(tensors: Mapping[str, mx.array], name: str, params: Params) -> bool:
     """Whether weights (rows, columns * bits / 32) and scales (rows, columns / group) agree."""
     weight = tensors.get(f"{name}.weight")
     if weight is None or weight.dtype != mx.uint32:
@@ -134,7 +141,7 @@ def _fits(tensors: Mapping[str, mx.array], name: str, params: Mapping[str, Any])
     return weight.shape[-1] * 32 == columns * params["bits"]
 
 
-def _contradicts(file: Path, name: str, params: Mapping[str, Any]) -> None:
+def _contradicts(file: Path, name: str, params: Params) -> NoReturn:
     raise UserError(
         f"{file} says {params['bits']} bits in groups of {params['group_size']} for {name}, and "
         "the shapes of its weights say otherwise: restore the config.json that belongs to them"
