@@ -261,6 +261,7 @@ def test_a_pipe_that_closes_early_is_no_error():
         ("xyzzy --loops 3", "mlx_loop: error: unknown command xyzzy (see mlx_loop --help)"),
         ("--versoin", "mlx_loop: error: unknown --versoin, did you mean --version?"),
         ("plan demo more", "unexpected more (see mlx_loop plan --help)"),
+        ("plan --model demo", "unknown --model: give MODEL without it (see mlx_loop plan --help)"),
         ("chat demo", "unexpected demo: put --model before it (see mlx_loop chat --help)"),
         ("trace hi", "unexpected hi: put --model or --prompt before it (see mlx_loop trace --hel"),
     ],

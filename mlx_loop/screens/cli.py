@@ -63,13 +63,15 @@ class _Parser(argparse.ArgumentParser):
         """A flag that is none is refused here, by the parser whose help page has the right one."""
         typed = list(sys.argv[1:] if args is None else args)
         flags = [flag for action in self._actions for flag in action.option_strings]
+        words = {f"--{a.dest}": a.metavar for a in self._actions if not a.option_strings}
         # What comes after a command is for its own parser.
         mine = takewhile(lambda text: text.startswith("-"), typed) if self._subparsers else typed
         for text in takewhile(lambda text: text != "--", mine):
             name = text.partition("=")[0]
             if text.startswith("--") and not any(flag.startswith(name) for flag in flags):
                 # Before argparse looks for what is missing: that may be what was misspelt.
-                self.error(f"unknown {name}{suggestion(name, flags)}")
+                meant = f": give {words[name]} without it" if name in words else ""
+                self.error(f"unknown {name}{meant or suggestion(name, flags)}")
         found, unknown = super().parse_known_args(typed, namespace)
         if unknown:
             word = unknown[0]
