@@ -232,6 +232,11 @@ def test_wrong_drafts_change_nothing(looped):
     assert drafted(looped, draft=ModelDraft(make("qwen3", seed=1)), max_tokens=20) == expected
 
 
+def test_one_loop_is_drafted_too(looped):
+    once = looped.with_loop(LoopConfig(loops=1))
+    assert drafted(once, max_tokens=20) == plain(once)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_no_token_too_many(looped, limit):
     cache = looped.new_cache()

@@ -320,7 +320,7 @@ def speculative_generate_step(
 def _checked(model: Looped, cache: list[Any], last: int, draft: Draft) -> mx.array:
     """The model's logits (n + 1, vocab) after the text and after each of n drafts."""
     tokens = mx.concatenate([mx.array([last], mx.uint32), draft.tokens])[None]
-    if model.is_unlooped or tokens.shape[1] == 1:
+    if draft.natural is None and (model.is_unlooped or tokens.shape[1] == 1):
         return model(tokens, cache=cache)[0]
     natural = draft.natural or halves.enter(model, tokens, cache)
     return halves.looped(model, tokens, cache, natural)[0]
