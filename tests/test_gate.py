@@ -13,6 +13,7 @@ from reference import Reference, plain
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
+from mlx_loop.generation.batch import batched
 from mlx_loop.method.cache import leaves
 from mlx_loop.models.gate import entropy
 from mlx_loop.models.together import states
@@ -120,6 +121,20 @@ def test_rows_of_a_batch_decide_by_themselves(model):
     assert relative_error(together, mx.concatenate(alone)) < 1e-4
     assert shares == view.take_share()
     assert {leaf.offset for leaf in leaves(cache)} == {LENGTH}
+
+
+def test_rows_keep_their_own_recurrent_state():
+    # Of recurrent_gemma it has two axes, where that of other types has more.
+    model = zoo.build("recurrent_gemma")
+    texts = mx.concatenate([tokens(1, LENGTH, seed=1), tokens(1, LENGTH, seed=2)])
+    gate = f"entropy:{limit_of(model, texts)}"
+    view = model.with_loop(LoopConfig(window=(2, 5), loops=2, gate=gate, prompt="plain"))
+    cache = batched(view, [PROMPT, PROMPT], [0, 0])
+    view = view.for_prompt(cache, PROMPT)
+    pieces = [texts[:, : PROMPT - 1], *mx.split(texts[:, PROMPT - 1 :], LENGTH - PROMPT + 1, 1)]
+    together = mx.concatenate([view(piece, cache=cache) for piece in pieces], axis=1)
+    alone = [answered(view, texts[i : i + 1])[0] for i in range(2)]
+    assert relative_error(together, mx.concatenate(alone)) < 1e-4
 
 
 def test_entropy_of_a_prediction_that_rules_tokens_out():
