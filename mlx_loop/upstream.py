@@ -148,19 +148,20 @@ def snapshot(cache: Any) -> dict[str, Any]:
 
     Arrays are shared until then: a write in place goes to another handle of the same array.
     """
-    return {name: _handles(value) for name, value in vars(cache).items()}
+    return {name: handles(value) for name, value in vars(cache).items()}
 
 
 def restore(cache: Any, state: dict[str, Any]) -> None:
     """Make a cache what it was when `snapshot` was taken of it."""
-    vars(cache).update({name: _handles(value) for name, value in state.items()})
+    vars(cache).update({name: handles(value) for name, value in state.items()})
 
 
-def _handles(value: Any) -> Any:
+def handles(value: Any) -> Any:
+    """The same arrays, unharmed by what is written in place through the given ones."""
     if isinstance(value, mx.array):
         return value.reshape(value.shape)
     if isinstance(value, list | tuple):
-        return type(value)(map(_handles, value))
+        return type(value)(map(handles, value))
     return value
 
 
