@@ -101,6 +101,16 @@ def test_recurrent_state_and_windows_are_gated_too(name):
     assert relative_error(answered(view, text)[0], expected) < 1e-4
 
 
+@pytest.mark.parametrize("chunks", [(PROMPT,), (2, 1, 2), (LENGTH,)])
+def test_where_a_prompt_ends_is_known_of_caches_that_do_not_count(chunks):
+    model, text = zoo.build("mamba2"), tokens(1, LENGTH)
+    gate = f"entropy:{(limit := limit_of(model, text))}"
+    view = model.with_loop(LoopConfig(window=(1, 3), loops=2, prompt="plain", gate=gate))
+    expected, looped = expected_of(model, view, text, limit, "plain")
+    assert relative_error(answered(view, text, chunks)[0], expected) < 1e-4
+    assert view.take_share() == (sum(looped), len(looped))
+
+
 @pytest.mark.parametrize("policy", ["first", "last", "own"])
 def test_a_gate_that_is_always_open_or_shut_is_a_loop_or_none(model, policy):
     text = tokens(1, LENGTH)
