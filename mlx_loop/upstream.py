@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -191,7 +191,7 @@ class CacheList(caches.CacheList):
 _MARK = "loop_phase"
 
 
-def mark(cache: list[Any], value: object) -> None:
+def mark(cache: Sequence[Any], value: object) -> None:
     """Hang something on a model's cache that survives what mlx-lm does to its entries."""
     setattr(cache[0], _MARK, value)
     if type(cache[0]) is caches.KVCache:
@@ -199,7 +199,7 @@ def mark(cache: list[Any], value: object) -> None:
         cache[0].__class__ = KVCache
 
 
-def marked(cache: list[Any]) -> Any:
+def marked(cache: Sequence[Any]) -> Any:
     """What `mark` hung there; None: nothing."""
     return getattr(cache[0], _MARK, None)
 

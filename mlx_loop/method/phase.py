@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -36,7 +37,7 @@ class _Phase:
     fed: int = 0
 
 
-def seen(cache: list[Any], length: int = 0) -> int:
+def seen(cache: Sequence[Any], length: int = 0) -> int:
     """How many tokens came before the next `length`.
 
     With recurrent state alone, which does not tell, those that were announced here.

@@ -159,7 +159,7 @@ def _lm_eval(harness: Harness) -> tuple[Callable[..., Any], Any, Callable[..., A
     return simple_evaluate, manager, LoopedLM
 
 
-def _refuse_phases(view: Looped) -> None:
+def _refuse_phases(view: Any) -> None:
     """Refuse likelihoods under settings for which mlx-lm's adapter feeds answers like prompts."""
     if view.tells_tokens_apart:
         raise UserError(
