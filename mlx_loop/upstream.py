@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -148,19 +148,20 @@ def snapshot(cache: Any) -> dict[str, Any]:
 
     Arrays are shared until then: a write in place goes to another handle of the same array.
     """
-    return {name: _handles(value) for name, value in vars(cache).items()}
+    return {name: handles(value) for name, value in vars(cache).items()}
 
 
 def restore(cache: Any, state: dict[str, Any]) -> None:
     """Make a cache what it was when `snapshot` was taken of it."""
-    vars(cache).update({name: _handles(value) for name, value in state.items()})
+    vars(cache).update({name: handles(value) for name, value in state.items()})
 
 
-def _handles(value: Any) -> Any:
+def handles(value: Any) -> Any:
+    """The same arrays, unharmed by what is written in place through the given ones."""
     if isinstance(value, mx.array):
         return value.reshape(value.shape)
     if isinstance(value, list | tuple):
-        return type(value)(map(_handles, value))
+        return type(value)(map(handles, value))
     return value
 
 
@@ -190,7 +191,7 @@ class CacheList(caches.CacheList):
 _MARK = "loop_phase"
 
 
-def mark(cache: list[Any], value: object) -> None:
+def mark(cache: Sequence[Any], value: object) -> None:
     """Hang something on a model's cache that survives what mlx-lm does to its entries."""
     setattr(cache[0], _MARK, value)
     if type(cache[0]) is caches.KVCache:
@@ -198,7 +199,7 @@ def mark(cache: list[Any], value: object) -> None:
         cache[0].__class__ = KVCache
 
 
-def marked(cache: list[Any]) -> Any:
+def marked(cache: Sequence[Any]) -> Any:
     """What `mark` hung there; None: nothing."""
     return getattr(cache[0], _MARK, None)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from conftest import SIDE_BY_SIDE, make
+from conftest import SIDE_BY_SIDE, make, relative_error, tokens
 from zoo import build
 
 from mlx_loop import LoopConfig
-from mlx_loop.generation.batch import answer_batch
+from mlx_loop.generation.batch import answer_batch, batched
 from mlx_loop.measure.comparison import distinct
 from mlx_loop.method.cache import tokens_seen
 
@@ -74,3 +74,15 @@ def test_layers_below_the_windows_see_the_prompt_once(model, monkeypatch):
     list(answer_batch(views, [[5, 9, 2, 7, 11]], set(), 2))
     assert [seen.count(i) for i in range(5)] == [1, 1, 1, 1 + 2 + 3 + 4, 1 + 2 + 3 + 4]
     assert tokens_seen(model.new_cache()) == 0
+
+
+def test_layers_that_share_keys_get_those_of_the_natural_pass_from_a_full_window():
+    view = build("gemma4_text").with_loop(LoopConfig(window=(4, 6), loops=2))
+    text = tokens(2, 14)
+
+    def fed(text, cache):
+        return mx.concatenate([view(token, cache=cache) for token in mx.split(text, 14, 1)], 1)
+
+    alone = [fed(text[i : i + 1], view.new_cache()) for i in range(2)]
+    together = fed(text, batched(view, [14, 14], [0, 0]))
+    assert relative_error(together, mx.concatenate(alone)) < 1e-4

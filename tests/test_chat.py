@@ -12,13 +12,14 @@ import pexpect
 import pytest
 
 import mlx_loop
+from mlx_loop import LoopConfig
 from mlx_loop.checkpoints.loading import DEMOS
 from mlx_loop.errors import UserError
 from mlx_loop.generation.conversation import Conversation
 from mlx_loop.integrators import INTEGRATORS
 from mlx_loop.screens.chat_session import Chat
 from mlx_loop.screens.cli import main
-from mlx_loop.screens.terminal import Streamed
+from mlx_loop.screens.terminal import Streamed, extra_cost
 
 CHAT = [sys.executable, "-m", "mlx_loop.screens.cli", "chat"]
 
@@ -292,3 +293,10 @@ def test_a_message_of_several_lines(screen):
     screen.send("hello\\\r")
     send(screen, "What is 12 + 30?", "tokens/s")
     send(screen, "/info", "2 messages")
+
+
+def test_what_a_loop_costs_says_which_tokens_it_is_of(model):
+    plain = model.with_loop(LoopConfig(loops=3, prompt="plain", decode="bypass"))
+    assert extra_cost(plain) == "+100% layer passes, the prompt's last token only"
+    gated = model.with_loop(LoopConfig(loops=3, prompt="plain", gate="entropy:1"))
+    assert extra_cost(gated) == "at most +200% layer passes, not the prompt, where unsure"

@@ -199,6 +199,23 @@ def test_windows_and_recurrent_state_need_no_second_look_at_the_conversation(tal
         assert found[1][0].prompt_tokens <= expected[1][0].prompt_tokens - held
 
 
+def test_a_conversation_goes_back_to_its_own_text_only(talk):
+    model = build("gpt_oss", vocab_size=1024).with_loop(LoopConfig(loops=2, cache="own"))
+    turns = Conversation(model, talk.tokenizer)
+    say(turns, "hello")
+    turns.messages = []
+
+    def stop(done, total):
+        if done > 100:
+            raise Interrupted
+
+    story = "Tell me a story of one, two, three and four. " * 9
+    with pytest.raises(Interrupted):
+        list(turns.reply(story, stop, prefill_step_size=4))
+    expected, _ = say(fresh(turns, []), story[:90])
+    assert say(turns, story[:90])[0] == expected
+
+
 def test_a_model_without_a_chat_template_is_refused(talk):
     class Plain:
         has_chat_template = False

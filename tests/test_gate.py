@@ -13,6 +13,7 @@ from reference import Reference, plain
 
 import mlx_loop
 from mlx_loop import LoopConfig, UserError
+from mlx_loop.generation.batch import batched
 from mlx_loop.method.cache import leaves
 from mlx_loop.models.gate import entropy
 from mlx_loop.models.together import states
@@ -100,6 +101,16 @@ def test_recurrent_state_and_windows_are_gated_too(name):
     assert relative_error(answered(view, text)[0], expected) < 1e-4
 
 
+@pytest.mark.parametrize("chunks", [(PROMPT,), (2, 1, 2), (LENGTH,)])
+def test_where_a_prompt_ends_is_known_of_caches_that_do_not_count(chunks):
+    model, text = zoo.build("mamba2"), tokens(1, LENGTH)
+    gate = f"entropy:{(limit := limit_of(model, text))}"
+    view = model.with_loop(LoopConfig(window=(1, 3), loops=2, prompt="plain", gate=gate))
+    expected, looped = expected_of(model, view, text, limit, "plain")
+    assert relative_error(answered(view, text, chunks)[0], expected) < 1e-4
+    assert view.take_share() == (sum(looped), len(looped))
+
+
 @pytest.mark.parametrize("policy", ["first", "last", "own"])
 def test_a_gate_that_is_always_open_or_shut_is_a_loop_or_none(model, policy):
     text = tokens(1, LENGTH)
@@ -120,6 +131,20 @@ def test_rows_of_a_batch_decide_by_themselves(model):
     assert relative_error(together, mx.concatenate(alone)) < 1e-4
     assert shares == view.take_share()
     assert {leaf.offset for leaf in leaves(cache)} == {LENGTH}
+
+
+def test_rows_keep_their_own_recurrent_state():
+    # Of recurrent_gemma it has two axes, where that of other types has more.
+    model = zoo.build("recurrent_gemma")
+    texts = mx.concatenate([tokens(1, LENGTH, seed=1), tokens(1, LENGTH, seed=2)])
+    gate = f"entropy:{limit_of(model, texts)}"
+    view = model.with_loop(LoopConfig(window=(2, 5), loops=2, gate=gate, prompt="plain"))
+    cache = batched(view, [PROMPT, PROMPT], [0, 0])
+    view = view.for_prompt(cache, PROMPT)
+    pieces = [texts[:, : PROMPT - 1], *mx.split(texts[:, PROMPT - 1 :], LENGTH - PROMPT + 1, 1)]
+    together = mx.concatenate([view(piece, cache=cache) for piece in pieces], axis=1)
+    alone = [answered(view, texts[i : i + 1])[0] for i in range(2)]
+    assert relative_error(together, mx.concatenate(alone)) < 1e-4
 
 
 def test_entropy_of_a_prediction_that_rules_tokens_out():

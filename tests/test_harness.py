@@ -79,6 +79,18 @@ def test_a_local_task_under_every_setting(folder):
     assert (folder / RESULTS).read_text() == before
 
 
+@pytest.mark.parametrize("settings", [{"prompt": "plain"}, {"gate": "entropy:1"}, {"decode": 2}])
+def test_likelihoods_are_refused_where_answers_would_pass_as_prompts(folder, settings):
+    model, tokenizer = mlx_loop.load("demo")
+    view = model.with_loop(LoopConfig(loops=2, **settings))
+    with pytest.raises(UserError, match="choices:FILE"):
+        list(
+            Harness(["tiny_world"], folder).measure(
+                [view], tokenizer, [{"item": "lm_eval:tiny_world"}]
+            )
+        )
+
+
 def test_an_unknown_task_is_one_line(folder, model):
     tokenizer = mlx_loop.load("demo")[1]
     results = Results.open(folder / RESULTS, {"model": "demo"})

@@ -199,6 +199,7 @@ def test_a_step_computes_its_passes_and_nothing_else(
         (LoopConfig(loops=6, beta=1.0), 8),
         (LoopConfig(loops=3, window=((1, 2), (3, 6))), 8 + 2 * 4),
         (LoopConfig(loops=3, window=((1, 2), (3, 6)), cache="last"), 8 + 2 * 4 + 2),
+        (LoopConfig(loops=3, gate="entropy:1"), 8 + 8 + 2 * 4),
     ],
 )
 def test_layer_passes(model, settings, expected):

@@ -202,6 +202,9 @@ class Conversation:
                 self._cache = None
         if self._cache is None:
             self._cache, common = make_prompt_cache(self.model, self.max_kv_size), 0
+        if self._bookmark is not None and len(self._bookmark[0]) > common:
+            # It is of a text that the cache no longer holds.
+            self._bookmark = None
         self._tokens_fit, self._plain = None, min(self._plain, common)
         return self._cache, prompt[common:]
 

@@ -41,13 +41,16 @@ def layer_passes(loop: ResolvedLoop | None, num_layers: int) -> int:
     """Layer evaluations for one looped token; a pass for keys and values alone counts as none.
 
     The cost of a loop on a device where reading weights is what takes time:
-    `layer_passes(loop, n) / n` is the time per token relative to the plain model's layers.
+    `layer_passes(loop, n) / n` is the time per token relative to the plain model's layers. With a
+    gate it is the most that a token takes, whose plain pass is made before.
     """
     if loop is None or is_natural(loop):
         return num_layers
     extra = len(loop.layers) * (passes(loop) - 1)
     if POLICIES[loop.cache].extra_pass and loop.scope == "block":
         extra += sum(len(window) - 1 for window in loop.windows)
+    if loop.gate is not None:
+        extra += num_layers
     return num_layers + extra
 
 

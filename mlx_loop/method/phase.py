@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
 from ..settings import ResolvedLoop
 from ..upstream import mark, marked
+from .cache import tokens_seen
 
 How = Literal["plain", "looped", "gated"]
 
@@ -27,15 +29,32 @@ class _Phase:
     Args:
         prompt_end: the position from which on tokens are generated; None: nobody said.
         singles: single tokens in a row of which nobody said anything.
+        fed: tokens that a cache was fed which does not count them.
     """
 
     prompt_end: int | None = None
     singles: int = 0
+    fed: int = 0
+
+
+def seen(cache: Sequence[Any], length: int = 0) -> int:
+    """How many tokens came before the next `length`.
+
+    With recurrent state alone, which does not tell, those that were announced here.
+    """
+    found = tokens_seen(cache)
+    if found is not None:
+        return found
+    phase: _Phase = marked(cache) or _Phase()
+    phase.fed += length
+    mark(cache, phase)
+    return phase.fed - length
 
 
 def announce(cache: list[Any], prompt_end: int) -> None:
     """Record that the tokens from position `prompt_end` on are generated."""
-    mark(cache, _Phase(prompt_end))
+    before: _Phase = marked(cache) or _Phase()
+    mark(cache, _Phase(prompt_end, fed=before.fed))
 
 
 def prompt_end(cache: list[Any], length: int, warns: bool) -> int | None:
@@ -46,7 +65,7 @@ def prompt_end(cache: list[Any], length: int, warns: bool) -> int | None:
     """
     phase: _Phase | None = marked(cache)
     if phase is None or length > 1:
-        mark(cache, phase := _Phase())
+        mark(cache, phase := _Phase(fed=0 if phase is None else phase.fed))
     if phase.prompt_end is None and length == 1:
         phase.singles += 1
         if phase.singles == 2 and warns:

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ChunkedKVCache, create_causal_mask
 
-from ..upstream import one_step_back, restore, snapshot
+from ..upstream import handles, one_step_back, restore, snapshot
 from .cache import IN_PLACE, ROTATING
 
 
@@ -152,7 +152,8 @@ class _Recorder:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         self.written = (keys, values)
-        return self._cache.update_and_fetch(keys, values)
+        # Layers that use the keys of this one get them after other passes have written.
+        return handles(self._cache.update_and_fetch(keys, values))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)

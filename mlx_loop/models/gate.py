@@ -96,6 +96,7 @@ def _rows(sure: mx.array, plain: Any, looped: Any) -> Any:
     """Of arrays with the batch in front, the rows of `plain` that are sure, else of `looped`."""
     if isinstance(looped, list | tuple):
         return type(looped)(_rows(sure, p, x) for p, x in zip(plain, looped, strict=True))
-    if not isinstance(looped, mx.array) or looped.ndim < 3:
+    # Numbers of rows alone, as positions, are those of any pass.
+    if not isinstance(looped, mx.array) or looped.ndim < 2:
         return looped
     return mx.where(sure.reshape(-1, *[1] * (looped.ndim - 1)), plain, looped)

@@ -21,10 +21,10 @@ from mlx_lm.models.cache import KVCache
 from .. import upstream
 from ..errors import UserError
 from ..method.anatomy import Anatomy, at, stream, survey
-from ..method.cache import limited, repeated, tokens_seen
+from ..method.cache import limited, repeated
 from ..method.guard import Count
 from ..method.loop import Observer, Run
-from ..method.phase import How, announce, prompt_end, spans
+from ..method.phase import How, announce, prompt_end, seen, spans
 from ..method.plan import is_natural
 from ..method.walk import Walk
 from ..presets import resolve
@@ -226,26 +226,26 @@ class Looped(nn.Module):
         several tokens starts the next prompt. `mlx_loop.generate` and the commands say it
         themselves.
         """
-        announce(cache, tokens_seen(cache) or 0)
+        announce(cache, seen(cache))
 
     def for_prompt(self, cache: Sequence[Any], length: int) -> Looped:
         """A view for one generation: of what it is fed with `cache`, the next `length` tokens are
         the prompt and all later ones generated, however they are split into calls.
         """
         view = copy.copy(self)
-        view._prompt_end = (tokens_seen(cache) or 0) + length
+        view._prompt_end = seen(cache) + length
         return view
 
     def _spans(
         self, loop: ResolvedLoop, cache: list[Any] | None, length: int
     ) -> list[tuple[slice, How]]:
         """How the next `length` tokens pass."""
-        seen, end = None if cache is None else tokens_seen(cache), self._prompt_end
         if cache is None or not self.tells_tokens_apart:
             return [(slice(0, length), "looped")]
+        end = self._prompt_end
         if end is None:
             end = prompt_end(cache, length, warns=loop.decode != "full")
-        return spans(loop, seen or 0, length, None if seen is None else end)
+        return spans(loop, seen(cache, length), length, end)
 
     # --- The forward pass ---
 

@@ -276,10 +276,13 @@ def extra_cost(model: Looped) -> str:
     decode = "full" if loop is None else str(loop.decode)
     where = {"full": "", "bypass": ", prompt only"}.get(decode, f", first {decode} tokens")
     if loop is not None and loop.prompt == "plain":
-        where += ", not the prompt"
+        where = (
+            where + ", not the prompt" if decode != "bypass" else ", the prompt's last token only"
+        )
+    most = ""
     if loop is not None and loop.gate is not None:
-        where += ", where unsure"
-    return f"+{extra:.0%} layer passes{where}"
+        most, where = "at most ", where + ", where unsure"
+    return f"{most}+{extra:.0%} layer passes{where}"
 
 
 def context(model: Looped, tokens: int) -> str:

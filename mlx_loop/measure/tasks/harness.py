@@ -144,8 +144,25 @@ def _lm_eval(harness: Harness) -> tuple[Callable[..., Any], Any, Callable[..., A
             self.use_chat_template = tokenizer.has_chat_template
             self._sampler = None
 
+        def loglikelihood(self, requests: Any) -> Any:
+            _refuse_phases(self._model)
+            return super().loglikelihood(requests)
+
+        def loglikelihood_rolling(self, requests: Any) -> Any:
+            _refuse_phases(self._model)
+            return super().loglikelihood_rolling(requests)
+
     manager = TaskManager(
         include_path=harness.include_path and str(harness.include_path),
         metadata={"pretrained": harness.tokenizer, "max_seq_lengths": list(harness.lengths)},
     )
     return simple_evaluate, manager, LoopedLM
+
+
+def _refuse_phases(view: Any) -> None:
+    """Refuse likelihoods under settings for which mlx-lm's adapter feeds answers like prompts."""
+    if view.tells_tokens_apart:
+        raise UserError(
+            "lm_eval: tasks that compare likelihoods do not say which tokens are the answer's, "
+            "and decode, prompt and gate need to know: leave these out, or ask choices:FILE"
+        )
