@@ -116,7 +116,7 @@ def _check_quantization(
 def _params(file: Path, name: str, said: Any, needed: Collection[str] = ()) -> Params:
     """`said`, with the mode's own width and group size where it has none, as MLX takes them."""
     mode = said.get("mode", "affine") if isinstance(said, Mapping) else None
-    if mode not in tuple(MODES) or not all(key in said for key in needed):
+    if not isinstance(mode, str) or mode not in MODES or not all(key in said for key in needed):
         _says_too_little(file, name)
     own = zip(("bits", "group_size"), MODES[mode], strict=True)
     params = {key: value if said.get(key) is None else said[key] for key, value in own}

@@ -37,15 +37,18 @@ class _Phase:
     fed: int = 0
 
 
-def seen(cache: Sequence[Any], length: int = 0) -> int:
-    """How many tokens came before the next `length`.
+def _phase(cache: Sequence[Any]) -> _Phase:
+    return marked(cache) or _Phase()
 
-    With recurrent state alone, which does not tell, those that were announced here.
+
+def seen(cache: Sequence[Any], length: int = 0) -> int:
+    """How many tokens came before the next `length`, which recurrent state alone does not tell:
+    for that they are counted here.
     """
     found = tokens_seen(cache)
     if found is not None:
         return found
-    phase: _Phase = marked(cache) or _Phase()
+    phase = _phase(cache)
     phase.fed += length
     mark(cache, phase)
     return phase.fed - length
@@ -53,8 +56,7 @@ def seen(cache: Sequence[Any], length: int = 0) -> int:
 
 def announce(cache: list[Any], prompt_end: int) -> None:
     """Record that the tokens from position `prompt_end` on are generated."""
-    before: _Phase = marked(cache) or _Phase()
-    mark(cache, _Phase(prompt_end, fed=before.fed))
+    mark(cache, _Phase(prompt_end, fed=_phase(cache).fed))
 
 
 def prompt_end(cache: list[Any], length: int, warns: bool) -> int | None:
@@ -63,9 +65,10 @@ def prompt_end(cache: list[Any], length: int, warns: bool) -> int | None:
     A second single token of which nobody said anything is most likely a generated one, so that
     is warned of where it matters.
     """
-    phase: _Phase | None = marked(cache)
-    if phase is None or length > 1:
-        mark(cache, phase := _Phase(fed=0 if phase is None else phase.fed))
+    phase = _phase(cache)
+    if length > 1:
+        phase = _Phase(fed=phase.fed)
+    mark(cache, phase)
     if phase.prompt_end is None and length == 1:
         phase.singles += 1
         if phase.singles == 2 and warns:

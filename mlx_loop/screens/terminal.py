@@ -276,9 +276,8 @@ def extra_cost(model: Looped) -> str:
     decode = "full" if loop is None else str(loop.decode)
     where = {"full": "", "bypass": ", prompt only"}.get(decode, f", first {decode} tokens")
     if loop is not None and loop.prompt == "plain":
-        where = (
-            where + ", not the prompt" if decode != "bypass" else ", the prompt's last token only"
-        )
+        only = ", the prompt's last token only"
+        where = only if decode == "bypass" else where + ", not the prompt"
     most = ""
     if loop is not None and loop.gate is not None:
         most, where = "at most ", where + ", where unsure"
